@@ -1,0 +1,173 @@
+"""One sequence in the engine: what was asked (`SamplingParams`) and where it stands (`Request`)."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import Tensor
+
+from taut.errors import RequestError
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one row is continued and when it ends; checked on construction.
+
+    | field | meaning |
+    |---|---|
+    | `max_new_tokens` | most tokens to generate, at least 1 |
+    | `greedy` | take the most likely token; otherwise draw one |
+    | `temperature` | divides the logits of a draw; more than 0 |
+    | `top_k` | draw among the k most likely tokens; 0 for all |
+    | `top_p`, `min_p`, `typical_p` | nucleus, relative-probability and typical cuts; off at 1, 0 and 1 |
+    | `repetition_penalty` | divides logits of tokens already there (multiplies negative ones) |
+    | `presence_penalty`, `frequency_penalty` | subtracted from logits of generated tokens, once / per count |
+    | `no_repeat_ngram_size` | no n-gram of this size occurs twice; 0 for off |
+    | `logit_bias` | token id -> number added to its logit |
+    | `bad_words` | token sequences that may not be generated |
+    | `seed` | the row's draws depend on this and the step alone |
+    | `min_new_tokens` | no end-of-sequence token before so many tokens |
+    | `eos_token_ids` | tokens that end the row; the token itself is part of the output |
+    | `stop_strings` | texts that end the row |
+    | `max_time` | seconds from submission after which the row ends; None for no limit |
+
+    Raises `RequestError` for a value out of range.
+    """
+
+    max_new_tokens: int
+    greedy: bool = True
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    seed: int = 0
+    min_new_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    max_time: float | None = None
+
+    def __post_init__(self) -> None:
+        _integer("max_new_tokens", self.max_new_tokens, 1)
+        _integer("min_new_tokens", self.min_new_tokens, 0)
+        _integer("top_k", self.top_k, 0)
+        _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        _integer("seed", self.seed, None)
+        if self.greedy:
+            _number("temperature", self.temperature, "at least 0", lambda v: v >= 0)
+        else:
+            _number("temperature", self.temperature, "more than 0 (0 is do_sample=False)", lambda v: v > 0)
+        _number("top_p", self.top_p, "from 0 to 1", lambda v: 0 <= v <= 1)
+        _number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
+        _number("typical_p", self.typical_p, "more than 0 and at most 1", lambda v: 0 < v <= 1)
+        _number("repetition_penalty", self.repetition_penalty, "more than 0", lambda v: v > 0)
+        _number("presence_penalty", self.presence_penalty, "any finite number", lambda v: True)
+        _number("frequency_penalty", self.frequency_penalty, "any finite number", lambda v: True)
+        if self.max_time is not None:
+            _number("max_time", self.max_time, "more than 0 seconds, or None", lambda v: v > 0)
+        object.__setattr__(self, "eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+        words = tuple(_token_ids("bad_words", word) for word in self.bad_words)
+        if not all(words):
+            raise RequestError("bad_words holds an empty sequence; each needs at least one token id")
+        object.__setattr__(self, "bad_words", words)
+        bias = dict(zip(_token_ids("logit_bias", self.logit_bias), self.logit_bias.values(), strict=True))
+        if any(math.isnan(value) for value in bias.values()):
+            raise RequestError(f"logit_bias is {bias!r}; every bias needs to be a number")
+        object.__setattr__(self, "logit_bias", MappingProxyType(bias))
+        stops = tuple(self.stop_strings)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise RequestError(f"stop_strings is {self.stop_strings!r}; each needs to be a text, not empty")
+        object.__setattr__(self, "stop_strings", stops)
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence: its prompt, what it has produced and how far its keys are cached. Holds no tensors of
+    the model (only the `scores` and `logits` that the caller asked to keep).
+
+    | field | filled by | meaning |
+    |---|---|---|
+    | `prompt`, `params` | caller | token ids and how to continue them |
+    | `logits_processors` | caller | called in order with (ids `[1, length]` int64, scores `[1, vocab]`), \
+give new scores |
+    | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
+    | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
+    | `id`, `submitted` | engine | number in order of submission; `time.monotonic()` of it |
+    | `output`, `scores`, `logits` | engine | generated ids, and what was kept beside them |
+    | `finish_reason` | engine | None, "stop", "length", "stop_string", "time", "cancelled" or "error" |
+    | `error` | engine | what failed, when `finish_reason` is "error" |
+    | `status`, `computed`, `pages` | scheduler | state; tokens whose keys are cached; page numbers in order |
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    should_stop: Callable[[Request], bool] | None = None
+    keep_scores: bool = False
+    keep_logits: bool = False
+    id: int = -1
+    submitted: float = 0.0
+    output: list[int] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    status: Status = Status.WAITING
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output together."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    def tokens(self, start: int = 0, stop: int | None = None) -> list[int]:
+        """Token ids [start, stop) of prompt and output together."""
+        stop = self.length if stop is None else stop
+        size = len(self.prompt)
+        if start >= size:  # every decode step: no need to look at the prompt
+            return self.output[start - size : stop - size]
+        return self.prompt[start:stop] + self.output[: max(stop - size, 0)]
+
+
+def _integer(name: str, value: object, minimum: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
+        expected = "an integer" if minimum is None else f"an integer of at least {minimum}"
+        raise RequestError(f"{name} is {value!r}; expected {expected}")
+
+
+def _number(name: str, value: object, expected: str, right: Callable[[float], bool]) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not right(value):
+        raise RequestError(f"{name} is {value!r}; expected a number {expected}")
+
+
+def _token_ids(name: str, ids: Iterable[int]) -> tuple[int, ...]:
+    """`ids` as a tuple, each checked to be an integer of at least 0 (the engine knows the upper bound)."""
+    found = tuple(ids)
+    for token in found:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise RequestError(f"{name} holds {token!r}; expected token ids, integers of at least 0")
+    return found
