@@ -30,6 +30,7 @@ class SamplingParams:
     | `presence_penalty`, `frequency_penalty` | subtracted from logits of generated tokens, once / per count |
     | `no_repeat_ngram_size` | no n-gram of this size occurs twice; 0 for off |
     | `logit_bias` | token id -> number added to its logit |
+    | `sequence_bias` | token ids -> number added to the last one's logit where the others came just before |
     | `bad_words` | token sequences that may not be generated |
     | `seed` | the row's draws depend on this and the step alone |
     | `min_new_tokens` | no end-of-sequence token before so many tokens |
@@ -52,6 +53,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    sequence_bias: Mapping[tuple[int, ...], float] = field(default_factory=dict)
     bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     min_new_tokens: int = 0
@@ -69,7 +71,7 @@ class SamplingParams:
             _number("temperature", self.temperature, "at least 0", lambda v: v >= 0)
         else:
             _number("temperature", self.temperature, "more than 0 (0 is do_sample=False)", lambda v: v > 0)
-        _number("top_p", self.top_p, "from 0 to 1", lambda v: 0 <= v <= 1)
+        _number("top_p", self.top_p, "more than 0 and at most 1", lambda v: 0 < v <= 1)
         _number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
         _number("typical_p", self.typical_p, "more than 0 and at most 1", lambda v: 0 < v <= 1)
         _number("repetition_penalty", self.repetition_penalty, "more than 0", lambda v: v > 0)
@@ -83,9 +85,13 @@ class SamplingParams:
             raise RequestError("bad_words holds an empty sequence; each needs at least one token id")
         object.__setattr__(self, "bad_words", words)
         bias = dict(zip(_token_ids("logit_bias", self.logit_bias), self.logit_bias.values(), strict=True))
-        if any(math.isnan(value) for value in bias.values()):
-            raise RequestError(f"logit_bias is {bias!r}; every bias needs to be a number")
+        _biases("logit_bias", bias)
         object.__setattr__(self, "logit_bias", MappingProxyType(bias))
+        sequences = {_token_ids("sequence_bias", ids): value for ids, value in self.sequence_bias.items()}
+        if () in sequences:
+            raise RequestError("sequence_bias holds an empty sequence; each needs at least one token id")
+        _biases("sequence_bias", sequences)
+        object.__setattr__(self, "sequence_bias", MappingProxyType(sequences))
         stops = tuple(self.stop_strings)
         if not all(isinstance(text, str) and text for text in stops):
             raise RequestError(f"stop_strings is {self.stop_strings!r}; each needs to be a text, not empty")
@@ -162,6 +168,14 @@ def _number(name: str, value: object, expected: str, right: Callable[[float], bo
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not math.isfinite(value) or not right(value):
         raise RequestError(f"{name} is {value!r}; expected a number {expected}")
+
+
+def _biases(name: str, biases: Mapping[object, object]) -> None:
+    """Checks amounts added to logits: finite, or -inf, which bans the token."""
+    for key, value in biases.items():
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or math.isnan(value) or value == math.inf:
+            raise RequestError(f"{name} of {key} is {value!r}; expected a finite number, or -inf to ban it")
 
 
 def _token_ids(name: str, ids: Iterable[int]) -> tuple[int, ...]:
