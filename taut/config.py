@@ -1,0 +1,426 @@
+"""What a model is, as frozen dataclasses, and the strict `Reader` that a family reads `config.json` with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+
+from taut.errors import ConfigError, nearest
+from taut.kernels.act import ACTIVATIONS
+
+T = TypeVar("T")
+_REQUIRED: Any = object()
+
+DTYPES = MappingProxyType(
+    {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+)
+
+# Hugging Face names of activations -> the names in `kernels.act`.
+_ACTIVATION_ALIASES = MappingProxyType(
+    {
+        "swish": "silu",
+        "gelu_new": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "quick_gelu": "gelu_quick",
+        "relu_squared": "relu2",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Normalisation over the last dimension. `kind` is "rms" or "layer"; the effective weight is
+    `weight + offset` (Gemma stores its weights less one)."""
+
+    eps: float
+    kind: str = "rms"
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`linear`: positions divided by `factor` (position interpolation)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """`dynamic`: NTK-aware base that grows with each row's own length beyond `context` tokens."""
+
+    factor: float
+    context: int
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """`llama3`: wavelengths beyond `context / low` divided by `factor`, smoothly between `low` and `high`."""
+
+    factor: float
+    low: float
+    high: float
+    context: int
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """`yarn` (Peng et al. 2023): per-frequency blend of interpolation and extrapolation; cos and sin are
+    multiplied by `attention_factor`."""
+
+    factor: float
+    context: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+    attention_factor: float
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """`longrope` (Ding et al. 2024): one divisor per frequency, `short` for rows of at most `context`
+    tokens, `long` for longer ones; cos and sin are multiplied by `attention_factor`."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    context: int
+    attention_factor: float
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of the first `dim` features of each head (Su et al. 2021)."""
+
+    dim: int
+    theta: float
+    scaling: Linear | Dynamic | Llama3 | Yarn | LongRope | None = None
+
+
+@dataclass(frozen=True)
+class Attn:
+    """Grouped-query attention. `window`: a query sees itself and the `window - 1` tokens before it."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Norm | None = None
+    window: int | None = None
+    softcap: float | None = None
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Feed-forward: `down(act(gate(x)) * up(x))`."""
+
+    hidden: int
+    act: str
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block: `x += post(attn(pre(x)))`, then the same with the MLP; a missing norm is the identity."""
+
+    attn: Attn
+    mlp: Mlp
+    pre_attn: Norm | None
+    pre_mlp: Norm | None
+    post_attn: Norm | None = None
+    post_mlp: Norm | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole decoder. `context` is in tokens; `source` is the `config.json` it was read from and
+    `unused` lists the keys of it that nothing read or ignored by name."""
+
+    model_type: str
+    architecture: str
+    vocab_size: int
+    dim: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    context: int
+    tied: bool
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
+    dtype: torch.dtype | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    unused: tuple[str, ...] = ()
+
+    @property
+    def rope_boundary(self) -> int | None:
+        """Length in tokens past which a row's cached keys must be computed again, since all of them turn
+        by other angles from there on (longrope); None for every other model."""
+        ropes = {layer.attn.rope for layer in self.layers if layer.attn.rope is not None}
+        bounds = [rope.scaling.context for rope in ropes if isinstance(rope.scaling, LongRope)]
+        return min(bounds) if bounds else None
+
+
+class Reader:
+    """Reads a `config.json` so that every key is used, ignored by name or reported.
+
+    A key set to null counts as absent. Each getter raises `ConfigError` naming file, key, value and what
+    would be right; `unused()` lists what nothing asked for.
+    """
+
+    def __init__(self, data: Mapping[str, Any], source: str = "config.json"):
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
+        self.data = data
+        self.source = source
+        self._seen: set[str] = set()
+        self._sections: list[Reader] = []
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is present and not null (does not count as using it)."""
+        return self.data.get(key) is not None
+
+    def _get(self, key: str, default: T, accept: tuple[type, ...], kind: str) -> Any | T:
+        self._seen.add(key)
+        value = self.data.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                hint = nearest(key, self.data)
+                raise ConfigError(f"{self.source}: {key!r} is missing ({kind} expected){hint}")
+            return default
+        if not isinstance(value, accept) or (isinstance(value, bool) and bool not in accept):
+            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected {kind}")
+        return value
+
+    def int(self, key: str, default: T = _REQUIRED, *, minimum: int = 1) -> int | T:
+        value = self._get(key, default, (int, float), "an integer")
+        if value is default:
+            return default
+        if value != int(value) or value < minimum:
+            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected an integer >= {minimum}")
+        return int(value)
+
+    def divisor(self, key: str, of: int) -> int:
+        """An integer that divides `of`, which is also the default."""
+        value = self.int(key, of)
+        if of % value:
+            raise ConfigError(f"{self.source}: {key!r} is {value}, which does not divide {of}")
+        return value
+
+    def float(self, key: str, default: T = _REQUIRED, *, positive: bool = True) -> float | T:
+        value = self._get(key, default, (int, float), "a number")
+        if value is default:
+            return default
+        if positive and not 0 < value < float("inf"):
+            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected a number > 0")
+        return float(value)
+
+    def bool(self, key: str, default: T = _REQUIRED) -> bool | T:
+        return self._get(key, default, (bool,), "true or false")
+
+    def str(self, key: str, default: T = _REQUIRED) -> str | T:
+        return self._get(key, default, (str,), "a string")
+
+    def list(self, key: str, default: T = _REQUIRED, *, length: int | None = None) -> list | T:
+        value = self._get(key, default, (list, tuple), "a list")
+        if value is not default and length is not None and len(value) != length:
+            raise ConfigError(f"{self.source}: {key!r} has {len(value)} entries; expected {length}")
+        return value
+
+    def choice(self, key: str, known: Mapping[str, T] | Sequence[str], default: Any = _REQUIRED) -> Any:
+        """The value of `known` (or the name itself, for a sequence) that the string at `key` names."""
+        value = self.str(key, default)
+        if value not in known:
+            raise ConfigError(
+                f"{self.source}: {key!r} is {value!r}; known: {', '.join(sorted(known))}{nearest(value, known)}"
+            )
+        return known[value] if isinstance(known, Mapping) else value
+
+    def section(self, key: str) -> Reader | None:
+        """A Reader of the object at `key`; what it leaves unused is reported as `key.inner`."""
+        value = self._get(key, None, (dict, Mapping), "an object")
+        if value is None:
+            return None
+        inner = Reader(value, f"{self.source}: {key}")
+        inner._prefix = f"{key}."
+        self._sections.append(inner)
+        return inner
+
+    _prefix = ""
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """A token id, or a list of them, as a tuple; absent gives ()."""
+        value = self._get(key, None, (int, list, tuple), "a token id or a list of them")
+        if value is None:
+            return ()
+        ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected a token id or a list of them")
+        return tuple(i for i in ids if i >= 0)  # -1 marks "none" in older files
+
+    def ignore(self, *keys: str) -> None:
+        """Keys that don't change what the model computes, or only how it was trained."""
+        self._seen.update(keys)
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Accept `key` only where it is absent, null or one of `allowed`: other values are not supported."""
+        value = self._get(key, None, (object,), "any value")
+        if value is not None and value not in allowed:
+            choices = ", ".join(repr(a) for a in allowed) or "absent"
+            raise ConfigError(f"{self.source}: {key!r} is {value!r}, which is not supported; known: {choices}")
+
+    def unused(self) -> tuple[str, ...]:
+        inner = [f"{s._prefix}{key}" for s in self._sections for key in s.unused()]
+        return (*(key for key in self.data if key not in self._seen), *inner)
+
+
+# Keys transformers writes into every config.json; none changes what a decoder computes at inference.
+_HOUSEKEEPING = (
+    "_name_or_path _attn_implementation attn_implementation _commit_hash architectures auto_map "
+    "chunk_size_feed_forward id2label label2id initializer_range is_decoder is_encoder_decoder "
+    "model_type output_attentions output_hidden_states pretraining_tp problem_type return_dict "
+    "task_specific_params tokenizer_class transformers_version use_cache use_return_dict "
+    "attention_dropout resid_pdrop embd_pdrop hidden_dropout"
+).split()
+
+
+def activation(reader: Reader, *keys: str) -> str:
+    """The activation named by the first of `keys` that is present; the others are ignored by name."""
+    key = next((k for k in keys if reader.has(k)), keys[0])
+    reader.ignore(*keys)
+    known = {name: name for name in ACTIVATIONS} | dict(_ACTIVATION_ALIASES)
+    return reader.choice(key, known)
+
+
+def rope(reader: Reader, head_dim: int, context: int, theta: float = 10000.0) -> Rope:
+    """The rotary embedding a config describes, in the `rope_parameters` form of transformers 5 or in
+    the older `rope_theta` + `rope_scaling` + `partial_rotary_factor` form."""
+    key = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
+    section = reader.section(key) or Reader({}, reader.source)
+    reader.ignore("rope_parameters", "rope_scaling")
+    outer_theta = reader.float("rope_theta", theta)
+    outer_partial = reader.float("partial_rotary_factor", 1.0)
+    top_context = reader.int("original_max_position_embeddings", None)
+    base = section.float("rope_theta", outer_theta)
+    dim = int(head_dim * section.float("partial_rotary_factor", outer_partial))
+    if dim < 2 or dim % 2 or dim > head_dim:
+        raise ConfigError(
+            f"{reader.source}: rotary embedding would turn {dim} of {head_dim} features a head; "
+            "it needs an even number of at least 2 (see 'partial_rotary_factor')"
+        )
+    section.ignore("type", "rope_type")
+    name = "rope_type" if section.has("rope_type") else "type"
+    kind = section.choice(name, _ROPE_KINDS, "default")
+    inner_context = section.int("original_max_position_embeddings", None)
+    original = top_context or inner_context or context
+    return Rope(dim, base, kind(section, dim, context, original) if kind else None)
+
+
+def _read_linear(r: Reader, dim: int, context: int, original: int) -> Linear:
+    return Linear(r.float("factor"))
+
+
+def _read_dynamic(r: Reader, dim: int, context: int, original: int) -> Dynamic:
+    return Dynamic(r.float("factor"), context)
+
+
+def _read_llama3(r: Reader, dim: int, context: int, original: int) -> Llama3:
+    return Llama3(r.float("factor"), r.float("low_freq_factor"), r.float("high_freq_factor"), original)
+
+
+def _read_yarn(r: Reader, dim: int, context: int, original: int) -> Yarn:
+    def magnitude(mscale: float) -> float:  # Peng et al. 2023, eq. 22
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    factor = r.float("factor", context / original)
+    mscale, mscale_all = r.float("mscale", None), r.float("mscale_all_dim", None)
+    attention = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    return Yarn(
+        factor=factor,
+        context=original,
+        beta_fast=r.float("beta_fast", 32.0),
+        beta_slow=r.float("beta_slow", 1.0),
+        truncate=r.bool("truncate", True),
+        attention_factor=r.float("attention_factor", attention),
+    )
+
+
+def _read_longrope(r: Reader, dim: int, context: int, original: int) -> LongRope:
+    factor = r.float("factor", context / original)
+    attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRope(
+        short=tuple(float(f) for f in r.list("short_factor", length=dim // 2)),
+        long=tuple(float(f) for f in r.list("long_factor", length=dim // 2)),
+        context=original,
+        attention_factor=r.float("attention_factor", attention),
+    )
+
+
+_ROPE_KINDS: Mapping[str, Any] = MappingProxyType(
+    {
+        "default": None,
+        "linear": _read_linear,
+        "dynamic": _read_dynamic,
+        "llama3": _read_llama3,
+        "yarn": _read_yarn,
+        "longrope": _read_longrope,
+        "su": _read_longrope,
+    }
+)
+
+
+def windows(reader: Reader, count: int, default_types: Sequence[str]) -> list[int | None]:
+    """The sliding window of each of `count` layers, from `layer_types` (or what the family defaults to)
+    and `sliding_window`."""
+    types = reader.list("layer_types", list(default_types), length=count)
+    window = reader.int("sliding_window", None)
+    out = []
+    for index, kind in enumerate(types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(
+                f"{reader.source}: 'layer_types'[{index}] is {kind!r}; known: full_attention, sliding_attention"
+            )
+        if kind == "sliding_attention" and window is None:
+            raise ConfigError(
+                f"{reader.source}: 'layer_types'[{index}] is 'sliding_attention' but 'sliding_window' is missing"
+            )
+        out.append(window if kind == "sliding_attention" else None)
+    return out
+
+
+def finish(reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: Norm, **fields: Any) -> ModelConfig:
+    """The `ModelConfig` of a decoder, with what every `config.json` says in the same words."""
+    named = reader.list("architectures", None)
+    reader.ignore(*_HOUSEKEEPING)
+    reader.only("add_cross_attention", False)
+    reader.only("quantization_config")
+    name = reader.str("dtype", None) or reader.str("torch_dtype", None)
+    reader.ignore("torch_dtype", "dtype")
+    if name is not None and name.removeprefix("torch.") not in DTYPES:
+        raise ConfigError(f"{reader.source}: 'dtype' is {name!r}; known: {', '.join(DTYPES)}")
+    bos, pad = reader.ids("bos_token_id"), reader.ids("pad_token_id")
+    config = dict(
+        model_type=reader.str("model_type"),
+        architecture=named[0] if named else architecture,
+        vocab_size=reader.int("vocab_size"),
+        dim=reader.int("hidden_size"),
+        layers=tuple(layers),
+        norm=norm,
+        context=reader.int("max_position_embeddings"),
+        dtype=DTYPES[name.removeprefix("torch.")] if name else None,
+        bos_token_id=bos[0] if bos else None,
+        eos_token_ids=reader.ids("eos_token_id"),
+        pad_token_id=pad[0] if pad else None,
+        source=dict(reader.data),
+    )
+    config.update(fields)
+    return ModelConfig(**config, unused=reader.unused())

@@ -1,0 +1,215 @@
+"""Attention over packed rows, with keys of the batch itself or from cache pages.
+
+Every implementation is a candidate in `CANDIDATES`, tried in order: each accepts a call or says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taut.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores become weights: `softmax(softcap(q k^T * scale) + bias)` under a mask.
+
+    `causal`: a query sees keys up to its own position; `window`: only the last `window` of those (with
+    `causal` off: keys nearer than `window` on both sides); `softcap`: `cap * tanh(score / cap)`; `slopes`
+    `[heads]`: ALiBi (Press et al. 2022), `slope * (key position - query position)` is added.
+    """
+
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values in cache pages: `keys`, `values` `[pages, page_size, kv_heads, head_dim]`, `table`
+    `[rows, max_pages]` the page numbers of each row, `lengths` `[rows]` keys a row, `longest` their host
+    maximum. A row's queries are the last of its positions."""
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    lengths: Tensor
+    longest: int
+
+
+def write_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
+    """Store `k`, `v` `[tokens, kv_heads, head_dim]` at `slots` `[tokens]` (`page * page_size + offset`)."""
+    pages.keys.flatten(0, 1).index_copy_(0, slots, k)
+    pages.values.flatten(0, 1).index_copy_(0, slots, v)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    starts: Tensor,
+    longest: int,
+    scoring: Scoring,
+    pages: Pages | None = None,
+    only: tuple[str, ...] | None = None,
+) -> Tensor:
+    """Attention of packed queries.
+
+    `q` `[tokens, heads, head_dim]`; `starts` `[rows + 1]` the row boundaries; keys are `k`, `v`
+    `[tokens, kv_heads, head_dim]`, or those in `pages`. Query head h reads key head
+    `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`. `only` names the candidates allowed.
+    """
+    reasons = []
+    for name, (refuse, run) in CANDIDATES.items():
+        if only is not None and name not in only:
+            reasons.append(f"{name}: not among the implementations asked for ({', '.join(only)})")
+            continue
+        if (why := refuse(q, scoring)) is not None:
+            reasons.append(f"{name}: {why}")
+            continue
+        return run(q, k, v, starts, longest, scoring, pages)
+    raise RequestError("no attention implementation is left: " + "; ".join(reasons))
+
+
+def _rows(
+    q: Tensor, k: Tensor | None, v: Tensor | None, starts: Tensor, pages: Pages | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each row's queries, keys and values."""
+    bounds = starts.tolist()
+    lengths = pages.lengths.tolist() if pages is not None else None
+    for row, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if begin == end:
+            continue
+        if pages is None:
+            yield q[begin:end], k[begin:end], v[begin:end]
+        else:
+            count = lengths[row]
+            table = pages.table[row, : -(-count // pages.keys.shape[1])]
+            yield (
+                q[begin:end],
+                pages.keys.index_select(0, table).flatten(0, 1)[:count],
+                pages.values.index_select(0, table).flatten(0, 1)[:count],
+            )
+
+
+def _visible(queries: int, keys: int, scoring: Scoring, device: torch.device) -> Tensor | None:
+    """Boolean `[queries, keys]` of what each query sees, or None where it sees everything."""
+    if not (scoring.causal and queries > 1) and (scoring.window is None or scoring.window >= keys):
+        return None
+    # Distance from key to query; the queries are the last positions of the row.
+    ahead = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = ahead >= 0 if scoring.causal else torch.ones_like(ahead, dtype=torch.bool)
+    if scoring.window is not None:
+        seen &= ahead < scoring.window
+        if not scoring.causal:
+            seen &= ahead > -scoring.window
+    return seen
+
+
+def _alibi(queries: int, keys: int, slopes: Tensor) -> Tensor:
+    """ALiBi bias `[heads, queries, keys]` in float32."""
+    at = torch.arange(keys, device=slopes.device, dtype=torch.float32)
+    return slopes.float()[:, None, None] * (at - at[keys - queries :, None])
+
+
+def _reference(q, k, v, starts, longest, scoring, pages):
+    """The definition of right: one row at a time, scores in float32 (float64 for float64 input)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // (k if pages is None else pages.keys).shape[-2]
+    out = []
+    for qr, kr, vr in _rows(q, k, v, starts, pages):
+        kr, vr = (t.to(wide).repeat_interleave(group, 1) for t in (kr, vr))
+        scores = torch.einsum("qhd,khd->hqk", qr.to(wide), kr) * scoring.scale
+        if scoring.softcap is not None:
+            scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+        if scoring.slopes is not None:
+            scores = scores + _alibi(len(qr), len(kr), scoring.slopes).to(wide)
+        if (seen := _visible(len(qr), len(kr), scoring, q.device)) is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vr).to(q.dtype))
+    return torch.cat(out) if out else q.new_zeros(q.shape)
+
+
+def _sdpa(q, k, v, starts, longest, scoring, pages):
+    """PyTorch's scaled_dot_product_attention: rows of one length in one call, otherwise row by row."""
+    rows = starts.shape[0] - 1
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    if pages is not None and longest == 1 and q.shape[0] == rows:
+        return _sdpa_one_query(q, scoring, pages)
+    if pages is None and q.shape[0] == rows * longest:
+        q, k, v = (t.unflatten(0, (rows, longest)) for t in (q, k, v))
+        return _sdpa_dense(q, k, v, scoring).flatten(0, 1)
+    return torch.cat(
+        [
+            _sdpa_dense(qr[None], kr[None], vr[None], scoring)[0]
+            for qr, kr, vr in _rows(q, k, v, starts, pages)
+        ]
+    )
+
+
+def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+    """`q` `[rows, queries, heads, head_dim]`, `k`, `v` `[rows, keys, kv_heads, head_dim]` -> like q."""
+    queries, keys = q.shape[1], k.shape[1]
+    whole = scoring.window is None or scoring.window >= keys
+    triangle = scoring.causal and whole and queries == keys and scoring.slopes is None
+    mask = None if triangle else _visible(queries, keys, scoring, q.device)
+    if scoring.slopes is not None:
+        bias = _alibi(queries, keys, scoring.slopes)
+        mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=triangle and queries > 1, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
+    """Decoding: one query a row. The heads that share a key head become that head's queries, so keys are
+    read once and never repeated."""
+    rows, heads, dim = q.shape
+    size, kv_heads = pages.keys.shape[1:3]
+    used = -(-pages.longest // size)
+    table = pages.table[:, :used].flatten()
+    k, v = (
+        t.index_select(0, table).view(rows, used * size, kv_heads, dim)[:, : pages.longest].transpose(1, 2)
+        for t in (pages.keys, pages.values)
+    )
+    bias = None
+    if rows > 1 or scoring.slopes is not None or scoring.window is not None:
+        # Keys before the query (`behind` 0 is the query's own): [rows, keys]
+        behind = pages.lengths[:, None] - 1 - torch.arange(pages.longest, device=q.device)
+        seen = behind >= 0
+        if scoring.window is not None:
+            seen &= behind < scoring.window
+        bias = seen[:, None, None]
+        if scoring.slopes is not None:
+            slope = scoring.slopes.float().view(kv_heads, heads // kv_heads, 1)
+            bias = (slope * -behind[:, None, None].float()).masked_fill(~bias, float("-inf")).to(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q.view(rows, kv_heads, heads // kv_heads, dim), k, v, bias, scale=scoring.scale
+    )
+    return out.reshape(rows, heads, dim)
+
+
+def _sdpa_refuses(q: Tensor, scoring: Scoring) -> str | None:
+    if scoring.softcap is not None:
+        return f"scaled_dot_product_attention has no soft-cap (asked: {scoring.softcap})"
+    return None
+
+
+def _reference_refuses(q: Tensor, scoring: Scoring) -> str | None:
+    return None
+
+
+CANDIDATES: dict[str, tuple[Callable, Callable]] = {
+    "sdpa": (_sdpa_refuses, _sdpa),
+    "eager": (_reference_refuses, _reference),
+}

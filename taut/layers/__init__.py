@@ -1,0 +1,1 @@
+"""Modules shared by all families; each takes and gives packed tokens `[tokens, ...]`."""

@@ -1,0 +1,24 @@
+"""The gated feed-forward of a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from taut.config import Mlp
+from taut.kernels.act import glu
+from taut.layers.linear import Linear
+
+
+class GatedMlp(nn.Module):
+    """`down(act(gate(x)) * up(x))` on `[tokens, dim]`, gate and up in one product."""
+
+    def __init__(self, config: Mlp, dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        parts = {"gate_proj": config.hidden, "up_proj": config.hidden}
+        self.gate_up_proj = Linear(dim, parts, bias=config.bias, dtype=dtype)
+        self.down_proj = Linear(config.hidden, dim, bias=config.bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(glu(self.gate_up_proj(x), self.config.act))

@@ -1,0 +1,34 @@
+"""The families: `models/<model_type>.py` is the whole registry, a `read` and `RULES` each."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from taut.config import ModelConfig, Reader
+from taut.errors import ConfigError, nearest
+
+
+def families() -> list[str]:
+    """Every `model_type` Taut knows, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def family(model_type: str) -> ModuleType:
+    """The module of a `model_type`; `ConfigError` with the nearest names for an unknown one."""
+    known = families()
+    if model_type not in known:
+        raise ConfigError(
+            f"'model_type' is {model_type!r}, which Taut does not know{nearest(model_type, known)}; "
+            f"known: {', '.join(known)}"
+        )
+    return import_module(f"{__name__}.{model_type}")
+
+
+def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """The `ModelConfig` of a `config.json` (as a dict); `ConfigError` names the key that is wrong."""
+    reader = Reader(data, source)
+    return family(reader.str("model_type")).read(reader)

@@ -1,0 +1,70 @@
+"""Llama 1 to 3, and every family that differs from it by what its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from taut.config import Attn, Layer, Mlp, ModelConfig, Norm, Reader, Rope, activation, finish, rope
+from taut.weights import Rename
+
+# Llama calls the norm before the MLP after what it follows; the block calls it after what it precedes.
+RULES = (
+    Rename(
+        "model.layers.{}.post_attention_layernorm.weight", "model.layers.{}.pre_feedforward_layernorm.weight"
+    ),
+)
+
+
+def read(r: Reader) -> ModelConfig:
+    bias = r.bool("attention_bias", False)
+    layers = pre_norm_layers(
+        r, attn={"qkv_bias": bias, "out_bias": bias}, mlp={"bias": r.bool("mlp_bias", False)}
+    )
+    return finish(r, architecture="LlamaForCausalLM", layers=layers, norm=norm(r), tied=tied(r))
+
+
+def tied(r: Reader, default: bool = False) -> bool:
+    return r.bool("tie_word_embeddings", default)
+
+
+def norm(r: Reader, **changes: Any) -> Norm:
+    return Norm(r.float("rms_norm_eps", 1e-6), **changes)
+
+
+def heads(r: Reader) -> dict[str, Any]:
+    """Head counts and size, the usual scale, and the rotary embedding."""
+    count = r.int("num_attention_heads")
+    head_dim = r.int("head_dim", None) or r.int("hidden_size") // count
+    return {
+        "heads": count,
+        "kv_heads": r.divisor("num_key_value_heads", count),
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "rope": rope(r, head_dim, r.int("max_position_embeddings")),
+    }
+
+
+def pre_norm_layers(
+    r: Reader,
+    *,
+    attn: dict[str, Any] | None = None,
+    mlp: dict[str, Any] | None = None,
+    windows: Sequence[int | None] | None = None,
+    ropes: Sequence[Rope | None] | None = None,
+    act: str | None = None,
+) -> list[Layer]:
+    """The layers of a Llama: RMSNorm before attention and before a gated MLP. `attn` and `mlp` change
+    fields of every layer; `windows` and `ropes` give one value a layer; `act` stands for `hidden_act`."""
+    count = r.int("num_hidden_layers")
+    shared = heads(r) | (attn or {})
+    feed = Mlp(r.int("intermediate_size"), act or activation(r, "hidden_act"), **(mlp or {}))
+    layers = []
+    for index in range(count):
+        own = dict(shared)
+        if windows is not None:
+            own["window"] = windows[index]
+        if ropes is not None:
+            own["rope"] = ropes[index]
+        layers.append(Layer(Attn(**own), feed, pre_attn=norm(r), pre_mlp=norm(r)))
+    return layers
