@@ -1,0 +1,242 @@
+"""Taut beside transformers on one checkpoint: decode speed, prefill time, load time and peak host memory.
+
+    .venv/bin/python benchmarks/bench_generate.py --json results.json
+
+Both run in this process, in turns, with the same weights, dtype, prompt and number of threads; each figure
+is a median over the rounds with the smallest and the largest beside it. Loading is measured in a fresh
+process each time: memory is the peak of that process less what it held before the load began.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taut.hub import default_model
+
+LIBRARIES = ("taut", "transformers")
+PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
+PACKAGES = ("taut", "torch", "transformers", "tokenizers", "gguf")
+
+
+def load(library: str, model: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, as `library` loads a folder, a Hub id or a `.gguf` file."""
+    if library == "taut":
+        from taut import AutoModelForCausalLM, AutoTokenizer
+
+        return AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, device_map=device
+        ), AutoTokenizer.from_pretrained(model)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, extra = model, {}
+    if model.endswith(".gguf"):
+        where, extra = str(Path(model).parent), {"gguf_file": Path(model).name}
+    loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).to(device).eval()
+    return loaded, AutoTokenizer.from_pretrained(where, **extra)
+
+
+def memory(key: str) -> int:
+    """Bytes this process holds (`VmRSS`) or has held at most (`VmHWM`), as Linux counts them. Not
+    `ru_maxrss`: a child starts with its parent's."""
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def measure_load(library: str, model: str, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Loads once, in this process: seconds, and peak bytes above what the process held before."""
+    __import__(library)
+    if library == "taut":
+        import taut.auto  # noqa: F401  names in `taut` load lazily; importing is not loading
+    else:
+        from transformers import AutoModelForCausalLM  # noqa: F401
+    before = memory("VmRSS")
+    started = time.perf_counter()
+    loaded, _ = load(library, model, dtype, device)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in loaded.parameters()}
+    return {
+        "load_seconds": seconds,
+        "load_peak_bytes": memory("VmHWM") - before,
+        "weights_bytes": sum(tensors.values()),
+    }
+
+
+class Stamps:
+    """A streamer for `generate` that notes when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def decode_rate(model: Any, ids: torch.Tensor, count: int) -> float:
+    """Tokens a second from the first new token to the last of `count`; ids `[1, length]`."""
+    stamps = Stamps()
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        streamer=stamps,
+    )
+    made = out.shape[1] - ids.shape[1]
+    if made != count:
+        raise SystemExit(f"{made} new tokens in place of {count}: the rates can't be compared")
+    # The prompt comes first, in one put; then one put a token.
+    return (count - 1) / (stamps.times[-1] - stamps.times[1])
+
+
+def prefill_seconds(model: Any, ids: torch.Tensor) -> float:
+    """Seconds from a prompt `[1, length]` to its first new token."""
+    started = time.perf_counter()
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False
+    ).tolist()
+    return time.perf_counter() - started
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
+
+
+def loads(args: argparse.Namespace, dtype: str, device: str) -> dict[str, dict[str, Any]]:
+    """`measure_load` of each library in fresh processes, in turns."""
+    runs: dict[str, list[dict[str, float]]] = {library: [] for library in LIBRARIES}
+    for _ in range(args.load_rounds):
+        for library in LIBRARIES:
+            command = [sys.executable, __file__, "--child", library, "--model", args.model]
+            command += ["--dtype", dtype, "--device", device]
+            if args.threads:
+                command += ["--threads", str(args.threads)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs[library].append(json.loads(done.stdout.splitlines()[-1]))
+    return {
+        library: {key: summary([run[key] for run in found]) for key in found[0]}
+        for library, found in runs.items()
+    }
+
+
+def speeds(args: argparse.Namespace, dtype: str, device: str) -> dict[str, dict[str, Any]]:
+    """Decode and prefill of each library in this process, in turns; the first round is not counted."""
+    models = {library: load(library, args.model, getattr(torch, dtype), device) for library in LIBRARIES}
+    _, tokenizer = models["taut"]
+    short = tokenizer(PROMPT, return_tensors="pt").input_ids.to(device)
+    long = short.repeat(1, args.prefill // short.shape[1] + 1)[:, : args.prefill]
+    runs: dict[str, dict[str, list[float]]] = {
+        library: {"decode_tokens_per_second": [], "prefill_seconds": []} for library in LIBRARIES
+    }
+    for turn in range(args.rounds + 1):
+        for library in LIBRARIES:
+            model, _ = models[library]
+            rate, seconds = decode_rate(model, short, args.new_tokens), prefill_seconds(model, long)
+            if turn:
+                runs[library]["decode_tokens_per_second"].append(rate)
+                runs[library]["prefill_seconds"].append(seconds)
+    del models
+    gc.collect()
+    return {library: {key: summary(v) for key, v in found.items()} for library, found in runs.items()}
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report as a table: median, smallest and largest of each figure."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=max(100, Console().width))
+    table = Table(title=f"{Path(report['model']).name} on {report['device']}, {report['threads']} threads")
+    for column in ("dtype", "figure", *LIBRARIES, "Taut / transformers"):
+        table.add_column(column, justify="left" if column in ("dtype", "figure") else "right")
+    rows = (
+        ("decode_tokens_per_second", f"decode {report['new_tokens']} tokens, tok/s", 1, ".1f"),
+        ("prefill_seconds", f"prefill {report['prefill']} tokens, ms", 1e3, ".0f"),
+        ("load_seconds", "load, s", 1, ".2f"),
+        ("load_peak_bytes", "peak host memory of loading, MB", 1e-6, ".0f"),
+        ("weights_bytes", "weights, MB", 1e-6, ".0f"),
+    )
+    for dtype, found in report["results"].items():
+        for key, label, scale, form in rows:
+            cells = []
+            for library in LIBRARIES:
+                value = found[library][key]
+                low, middle, high = (format(value[k] * scale, form) for k in ("min", "median", "max"))
+                cells.append(middle if low == high else f"{middle} ({low} to {high})")
+            ratio = found["taut"][key]["median"] / found["transformers"][key]["median"]
+            table.add_row(dtype, label, *cells, f"{ratio:.2f}")
+        table.add_section()
+    console.print(table)
+    console.print(", ".join(f"{name} {number}" for name, number in report["versions"].items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default=default_model(), help="folder, .gguf file or Hub id")
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of decode and prefill")
+    parser.add_argument("--load-rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
+    parser.add_argument("--child", choices=LIBRARIES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtypes = args.dtype or ["bfloat16", "float32"]
+    if args.child:
+        print(json.dumps(measure_load(args.child, args.model, getattr(torch, dtypes[0]), args.device)))
+        return
+    results = {}
+    for dtype in dtypes:
+        loading, running = loads(args, dtype, args.device), speeds(args, dtype, args.device)
+        results[dtype] = {library: loading[library] | running[library] for library in LIBRARIES}
+    report = {
+        "benchmark": "generate",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": args.model,
+        "device": device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "new_tokens": args.new_tokens,
+        "prefill": args.prefill,
+        "results": results,
+    }
+    show(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The commands and their options; each body imports what it needs, so that `taut --help` needs little."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from taut.errors import RequestError, TautError
+
+app = typer.Typer(
+    name="taut",
+    help="Run Hugging Face transformer checkpoints: safetensors, GGUF or a Hub id, as they are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda or cuda:N.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Local = Annotated[bool, typer.Option("--local-files-only", help="Use what is on disk; ask no network.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling; the same seed gives the same text.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0: always the likeliest token. Unset: what the model's files say.")
+]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that hold this much.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens; 0: all.")]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one's.")]
+Penalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="> 1: tokens seen before become less likely.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
+System = Annotated[str | None, typer.Option(help="System message of the chat template.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Folder, .gguf file or Hub id. Default: SmolLM2-135M-Instruct.", show_default=False),
+]
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turns an error into one line on stderr and an exit code: 1, or 130 after Ctrl-C."""
+    try:
+        yield
+    except (BrokenPipeError, typer.Exit):
+        raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from None
+    except (TautError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"taut {version('taut')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _prompt(model: str | None, prompt: str | None) -> tuple[str | None, str]:
+    """The model and the prompt out of `[MODEL] PROMPT`: a single argument is the prompt, `-` or none at
+    all is standard input."""
+    if prompt is None:
+        model, prompt = None, model
+        if prompt is not None and (prompt.endswith(".gguf") or Path(prompt, "config.json").is_file()):
+            raise RequestError(
+                f"{prompt!r} is a model, and there is no prompt: give it after the model, or - to read "
+                f"standard input (taut generate {prompt} -)"
+            )
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError('there is no prompt: give one (taut generate "...") or pipe it in')
+    if prompt is None or prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the prompt on standard input is not text: {error}") from None
+        # The newline that echo and editors end with is not part of the prompt.
+        prompt = prompt.removesuffix("\n")
+    return model, prompt
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder, .gguf file or Hub id. Default: SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The text; - or nothing: standard input.", show_default=False),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    stop: Stop = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a prompt, or continue it (--raw); the text streams to standard output, facts to standard error.
+
+    The model's chat template is applied when it has one.
+    """
+    with reported(debug):
+        model, prompt = _prompt(model, prompt)
+        from taut.cli import generate as command
+        from taut.cli.session import Options
+
+        command.run(model, prompt, Options.of(context.params), raw=raw, system=system, as_json=json)
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    model: Model = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    stop: Stop = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    with reported(debug):
+        from taut.cli import chat as command
+        from taut.cli.session import Options
+
+        command.run(model, Options.of(context.params), system=system)
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    dtype: Annotated[str, typer.Option(help="Count memory in this dtype, not the checkpoint's.")] = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a model is and what memory it takes, without loading its weights."""
+    with reported(debug):
+        from taut.cli import inspect as command
+
+        command.run(model, dtype=dtype, revision=revision, local_files_only=local_files_only, as_json=json)

@@ -1,0 +1,235 @@
+"""`taut inspect`: what a checkpoint is and what memory it takes, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taut.checkpoint import Checkpoint, open_checkpoint
+from taut.cli.facts import Facts, human_bytes, human_count
+from taut.config import DTYPES, ModelConfig
+from taut.errors import RequestError, TautError
+from taut.hub import default_model, resolve
+from taut.models import read_config
+
+PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a tensor belongs to, by its Hugging Face name."""
+    if "norm" in name:
+        return "norms"
+    if "embed" in name:
+        return "embedding"
+    if "lm_head" in name:
+        return "head"
+    if "attn" in name:
+        return "attention"
+    return "mlp" if "mlp" in name else "other"
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token adds to the cache, all layers together."""
+    return sum(2 * layer.attn.kv_heads * layer.attn.head_dim for layer in config.layers) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+def parts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Part]:
+    """Tensors, parameters and bytes in `dtype` of each part that has any, in the order of `PARTS`."""
+    found: dict[str, Part] = {}
+    for tensor in checkpoint.tensors.values():
+        count = prod(tensor.shape)
+        name = part_of(tensor.name)
+        old = found.get(name, Part(0, 0, 0))
+        found[name] = Part(old.tensors + 1, old.parameters + count, old.bytes + count * dtype.itemsize)
+    return {name: found[name] for name in PARTS if name in found}
+
+
+def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
+    """The distinct layer descriptions and how many layers each has, most common first."""
+    kinds = []
+    for layer, count in Counter(config.layers).most_common():
+        attn, mlp = layer.attn, layer.mlp
+        rope = None
+        if attn.rope is not None:
+            scaling = attn.rope.scaling
+            rope = {
+                "theta": attn.rope.theta,
+                "dim": attn.rope.dim,
+                "scaling": None if scaling is None else type(scaling).__name__.lower(),
+            }
+        kinds.append(
+            {
+                "count": count,
+                "heads": attn.heads,
+                "kv_heads": attn.kv_heads,
+                "head_dim": attn.head_dim,
+                "window": attn.window,
+                "rope": rope,
+                "mlp_hidden": mlp.hidden,
+                "activation": mlp.act,
+            }
+        )
+    return kinds
+
+
+def tokenizer_facts(path: Path) -> dict[str, Any]:
+    """Vocabulary size, special tokens and whether there is a chat template; `{"error": ...}` where the
+    tokenizer's files are missing or corrupt, which says nothing about the weights."""
+    from taut.tokenizer import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except TautError as error:
+        return {"error": str(error)}
+    return {
+        "vocabulary": len(tokenizer),
+        "bos": tokenizer.bos_token,
+        "eos": tokenizer.eos_token,
+        "pad": tokenizer.pad_token,
+        "unk": tokenizer.unk_token,
+        "chat_template": tokenizer.chat_template is not None,
+    }
+
+
+def describe(path: Path, dtype: str) -> dict[str, Any]:
+    """Everything `taut inspect` says of the checkpoint at `path`, as JSON-ready values. `RequestError`
+    for an unknown `dtype`."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise RequestError(f"--dtype is {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(path)
+    config = read_config(checkpoint.config)
+    stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values()).most_common()
+    loaded = DTYPES[dtype] if dtype != "auto" else config.dtype or (stored[0][0] if stored else torch.float32)
+    sizes = parts(checkpoint, loaded)
+    per_token = kv_bytes_per_token(config, loaded)
+    return {
+        "path": str(path),
+        "model_type": config.model_type,
+        "architecture": config.architecture,
+        "parameters": sum(part.parameters for part in sizes.values()),
+        "dtype": str(loaded).removeprefix("torch."),
+        "tensor_dtypes": {str(kind).removeprefix("torch."): count for kind, count in stored},
+        "file_bytes": _file_bytes(path),
+        "memory_bytes": {
+            "weights": sum(part.bytes for part in sizes.values()),
+            "parts": {name: part.bytes for name, part in sizes.items()},
+            "kv_cache_per_token": per_token,
+            "kv_cache_full_context": per_token * config.context,
+        },
+        "parts": {n: {"tensors": p.tensors, "parameters": p.parameters} for n, p in sizes.items()},
+        "config": {
+            "vocab_size": config.vocab_size,
+            "dim": config.dim,
+            "layers": len(config.layers),
+            "context": config.context,
+            "tied_embeddings": config.tied,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_ids": list(config.eos_token_ids),
+            "pad_token_id": config.pad_token_id,
+            "layer_kinds": kinds_of_layers(config),
+        },
+        "unused_config_keys": list(config.unused),
+        "tokenizer": tokenizer_facts(path),
+    }
+
+
+def _file_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def _layer_text(kind: dict[str, Any]) -> str:
+    rope = kind["rope"]
+    turned = "no rotary embedding"
+    if rope is not None:
+        scaled = f", {rope['scaling']} scaling" if rope["scaling"] else ""
+        partial = "" if rope["dim"] == kind["head_dim"] else f" of {rope['dim']} features"
+        turned = f"rotary{partial}, theta {rope['theta']:g}{scaled}"
+    seen = "full attention" if kind["window"] is None else f"window of {kind['window']} tokens"
+    heads = f"{kind['heads']} heads of {kind['head_dim']}, {kind['kv_heads']} for keys"
+    return f"{kind['count']} x [{heads}; {seen}; {turned}; MLP {kind['mlp_hidden']}, {kind['activation']}]"
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Prints `describe`'s result as tables."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    config, memory, tokenizer = facts["config"], facts["memory_bytes"], facts["tokenizer"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: object) -> None:
+        table.add_row(name, Text(str(value)))  # Text: a name with [brackets] is no markup
+
+    row("path", facts["path"])
+    row("family", f"{facts['model_type']} ({facts['architecture']})")
+    row("parameters", f"{facts['parameters']:,} ({human_count(facts['parameters'])})")
+    row("files", human_bytes(facts["file_bytes"]))
+    row("dtype", f"{facts['dtype']} once loaded")
+    row("tensors", f"{sum(part['tensors'] for part in facts['parts'].values())}")
+    row("size", f"{config['layers']} layers, dim {config['dim']}, vocabulary {config['vocab_size']}")
+    row("layers", "\n".join(_layer_text(kind) for kind in config["layer_kinds"]))
+    row("context", f"{config['context']} tokens")
+    row("head", "tied to the embedding" if config["tied_embeddings"] else "its own weight")
+    eos = ", ".join(str(token) for token in config["eos_token_ids"]) or "none"
+    row("token ids", f"bos {config['bos_token_id']}, eos {eos}, pad {config['pad_token_id']}")
+    if "error" in tokenizer:
+        row("tokenizer", tokenizer["error"])
+    else:
+        special = ", ".join(f"{kind} {tokenizer[kind]!r}" for kind in ("bos", "eos", "pad", "unk"))
+        template = "a chat template" if tokenizer["chat_template"] else "no chat template"
+        row("tokenizer", f"{tokenizer['vocabulary']} tokens; {special}; {template}")
+    row("unused keys", ", ".join(facts["unused_config_keys"]) or "none: every key is accounted for")
+    console.print(table)
+
+    sizes = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    sizes.add_column("memory")
+    for column in ("tensors", "parameters", "size"):
+        sizes.add_column(column, justify="right")
+    for name, part in facts["parts"].items():
+        cells = f"{part['tensors']}", f"{part['parameters']:,}", human_bytes(memory["parts"][name])
+        sizes.add_row(name, *cells)
+    sizes.add_section()
+    sizes.add_row("weights", "", f"{facts['parameters']:,}", human_bytes(memory["weights"]), style="bold")
+    sizes.add_row("KV cache, one token", "", "", human_bytes(memory["kv_cache_per_token"]))
+    sizes.add_row(
+        f"KV cache, {config['context']} tokens", "", "", human_bytes(memory["kv_cache_full_context"])
+    )
+    console.print(sizes)
+
+
+def run(
+    model: str | None, *, dtype: str, revision: str | None, local_files_only: bool, as_json: bool
+) -> None:
+    """Prints what `model` is: tables, or one JSON object."""
+    import sys
+    from dataclasses import asdict
+
+    path = resolve(model or default_model(), revision=revision, local_files_only=local_files_only)
+    started = time.perf_counter()
+    found = describe(path, dtype)
+    facts = Facts.of(time.perf_counter() - started, "cpu")
+    if as_json:
+        print(json.dumps(found | {"facts": asdict(facts)}, indent=2))
+        return
+    show(found)
+    print(facts.line(), file=sys.stderr)
