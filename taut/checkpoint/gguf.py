@@ -81,7 +81,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """The key-values and the tensors of a GGUF file, by their names in the file.
 
     Everything is checked before it is believed: counts, lengths, UTF-8, alignment, that every tensor lies
-    inside the file and none overlaps another. Raises `CheckpointError`, also for tensor types Taut can't read.
+    inside the file and none overlaps another. Raises `CheckpointError`, also for unknown tensor types.
     """
     header = _Header(path)
     magic = header.take(4)
@@ -132,7 +132,9 @@ def _tensor_info(header: _Header) -> tuple[str, tuple[int, ...], BlockFormat, in
     name = header.string("a tensor name", KEY_LIMIT)
     rank = header.scalar("I")
     if rank > RANK_LIMIT:
-        raise CheckpointError(f"{header.path}: {name!r} has {rank} dimensions; at most {RANK_LIMIT} are allowed")
+        raise CheckpointError(
+            f"{header.path}: {name!r} has {rank} dimensions; at most {RANK_LIMIT} are allowed"
+        )
     # The fastest dimension comes first in the file.
     shape = tuple(header.scalar("Q") for _ in range(rank))[::-1]
     kind = header.scalar("I")
@@ -203,7 +205,9 @@ class _Header:
         if kind == _ARRAY:
             return self._array(key, depth + 1)
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: {key!r} has the unknown value type {kind}; the file is corrupt")
+            raise CheckpointError(
+                f"{self.path}: {key!r} has the unknown value type {kind}; the file is corrupt"
+            )
         return self.scalar(_SCALARS[kind])
 
     def _array(self, key: str, depth: int) -> list[Any]:
@@ -245,7 +249,7 @@ class _Header:
         return result
 
     def _need(self, count: int) -> int:
-        """Makes sure that the next `count` bytes are in the buffer, moves past them, and says where they begin."""
+        """Brings the next `count` bytes into the buffer, moves past them, and says where they begin."""
         begin = self.position
         if begin + count > len(self._buffer):
             self._load(begin + count)
@@ -259,7 +263,9 @@ class _Header:
                 f"the file has {self.size}; download it again"
             )
         if end > HEADER_LIMIT:
-            raise CheckpointError(f"{self.path}: a header of more than {HEADER_LIMIT} bytes; the file is corrupt")
+            raise CheckpointError(
+                f"{self.path}: a header of more than {HEADER_LIMIT} bytes; the file is corrupt"
+            )
         goal = min(self.size, max(end, 2 * len(self._buffer), 2**20))
         have = len(self._buffer)
         self._buffer += bytes(read_bytes(self.path, have, goal - have).numpy())

@@ -133,7 +133,7 @@ def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(out: Tensor, values: Tensor, scales: Tensor, minima: Tensor | None) -> None:
-    """`out = scales * values - minima`, the scales and minima `[n, groups]` each for an equal run of values."""
+    """`out = scales * values - minima`, with `[n, groups]` scales and minima, each for an equal run."""
     groups = out.view(out.shape[0], scales.shape[1], -1)
     groups.copy_(values.view_as(groups))
     groups.mul_(scales.unsqueeze(2))

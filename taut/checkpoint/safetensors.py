@@ -1,7 +1,7 @@
 """Safetensors files: headers validated before anything is allocated, lazy reads, streamed sharded writes.
 
-The format (https://github.com/huggingface/safetensors): eight bytes little-endian header length, a JSON header
-`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the data without holes.
+The format (https://github.com/huggingface/safetensors): eight bytes little-endian header length, a JSON
+header `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the data without holes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _open_sharded(folder: Path) -> dict[str, LazyTensor]:
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}; download them again"
+            f"{folder}: {len(missing)} of {len(shards)} shards are missing: {some(missing)}; "
+            "download them again"
         )
     tensors: dict[str, LazyTensor] = {}
     for shard in shards:
@@ -127,7 +128,8 @@ def _check_shard_name(index: Path, name: str, shard: object) -> None:
     plain = isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & set("/\\:\0")
     if not plain:
         raise CheckpointError(
-            f"{index}: the shard of {name!r} is {shard!r}; a shard must be the plain name of a file in the same folder"
+            f"{index}: the shard of {name!r} is {shard!r}; "
+            "it must be the plain name of a file in the same folder"
         )
     if not shard.endswith(".safetensors"):
         raise CheckpointError(
@@ -150,7 +152,8 @@ def read_header(path: Path) -> dict[str, SafetensorsTensor]:
         )
     if 8 + length > size:
         raise CheckpointError(
-            f"{path}: truncated: its header alone needs {8 + length} bytes, the file has {size}; download it again"
+            f"{path}: truncated: its header alone needs {8 + length} bytes, the file has {size}; "
+            "download it again"
         )
     raw = bytes(read_bytes(path, 8, length).numpy())
     if not raw.startswith(b"{"):
@@ -172,11 +175,12 @@ def read_header(path: Path) -> dict[str, SafetensorsTensor]:
         tensors[name] = SafetensorsTensor(name, shape, dtype, path, 8 + length + begin)
     if expected > data:
         raise CheckpointError(
-            f"{path}: truncated: {8 + length + expected} bytes expected, the file has {size}; download it again"
+            f"{path}: truncated: {8 + length + expected} bytes expected, the file has {size}; "
+            "download it again"
         )
     if expected < data:
         raise CheckpointError(
-            f"{path}: {size} bytes, but its tensors end at {8 + length + expected}; the rest belongs to nothing"
+            f"{path}: {8 + length + expected} bytes expected, the file has {size}, more than its tensors"
         )
     return tensors
 
@@ -198,7 +202,8 @@ def _span(path: Path, name: str, entry: object) -> tuple[str, torch.dtype, int, 
     shape = _naturals(entry["shape"])
     if shape is None or len(shape) > RANK_LIMIT:
         raise CheckpointError(
-            f"{path}: {name!r} has the shape {_short(entry['shape'])}; expected a list of at most {RANK_LIMIT} sizes"
+            f"{path}: {name!r} has the shape {_short(entry['shape'])}; "
+            f"expected a list of at most {RANK_LIMIT} sizes"
         )
     offsets = _naturals(entry["data_offsets"])
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -307,7 +312,7 @@ def _sources(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor] | LazyT
     seen: set[str] = set()
     for source in sources:
         if source.name in seen or source.name == "__metadata__":
-            raise CheckpointError(f"can't save two tensors named {source.name!r}, or one named '__metadata__'")
+            raise CheckpointError(f"can't save two tensors named {source.name!r}, or '__metadata__'")
         if source.dtype not in _NAMES:
             raise CheckpointError(f"{source.name}: safetensors has no dtype for {source.dtype}")
         seen.add(source.name)
