@@ -149,11 +149,16 @@ give new scores |
     def finished(self) -> bool:
         return self.status is Status.FINISHED
 
+    def token(self, index: int) -> int:
+        """Token id at `index` of prompt and output together."""
+        size = len(self.prompt)
+        return self.output[index - size] if index >= size else self.prompt[index]
+
     def tokens(self, start: int = 0, stop: int | None = None) -> list[int]:
         """Token ids [start, stop) of prompt and output together."""
         stop = self.length if stop is None else stop
         size = len(self.prompt)
-        if start >= size:  # every decode step: no need to look at the prompt
+        if start >= size:
             return self.output[start - size : stop - size]
         return self.prompt[start:stop] + self.output[: max(stop - size, 0)]
 

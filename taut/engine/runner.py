@@ -1,0 +1,149 @@
+"""`Runner`: owns the paged cache and turns the scheduler's decisions into tensors and logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taut.batch import Batch, PagedKV
+from taut.config import Dynamic
+from taut.engine.request import Request
+from taut.engine.scheduler import Work
+
+
+class _Row(NamedTuple):
+    """Tokens [start, stop) of a request as one row; `total`: the length that its angles are made for."""
+
+    request: Request
+    start: int
+    stop: int
+    total: int
+    ready: bool
+
+
+class Runner:
+    """Runs work through a model and keeps its keys and values: for each layer a pair of
+    `[pages, page_size, kv_heads, head_dim]` tensors, in the model's dtype on its device."""
+
+    def __init__(self, model, page_size: int, num_pages: int):
+        self.model, self.page_size = model, page_size
+        attentions = [layer.attn for layer in model.config.layers]
+
+        def cache() -> tuple[Tensor, ...]:
+            # Zeros, not empty: a kernel may read unused slots with weight 0, and 0 * NaN is NaN.
+            return tuple(
+                torch.zeros(
+                    (num_pages, page_size, attn.kv_heads, attn.head_dim),
+                    dtype=model.dtype,
+                    device=model.device,
+                )
+                for attn in attentions
+            )
+
+        self.keys, self.values = cache(), cache()
+        # NTK-aware ("dynamic") angles are those of the length that the row had when a token was new.
+        self.replay = any(
+            attn.rope is not None and isinstance(attn.rope.scaling, Dynamic) for attn in attentions
+        )
+        self.device = torch.device(model.device)
+        cuda = self.device.type == "cuda"
+        self._pinned = torch.empty(0, dtype=torch.int32, pin_memory=True) if cuda else None
+        self._copied = torch.cuda.Event() if cuda else None
+
+    @torch.inference_mode()
+    def __call__(self, work: list[Work]) -> Tensor | None:
+        """Compute the work; logits `[ready, vocab]` of the work that is ready, None where none is."""
+        batch, last = self._build(work)
+        hidden = self.model.decoder(batch)  # [tokens, dim]
+        if last.shape[0] == 0:
+            return None
+        return self.model.logits(hidden if last.shape[0] == batch.tokens else hidden.index_select(0, last))
+
+    def batch(self, work: list[Work]) -> Batch:
+        """The batch that the work makes."""
+        return self._build(work)[0]
+
+    def scrub(self, pages: list[int]) -> None:
+        """Zero pages that hold keys that aren't finite, before another row gets them."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for cache in (*self.keys, *self.values):
+            cache.index_fill_(0, index, 0)
+
+    def _rows(self, work: list[Work]) -> list[_Row]:
+        """A row for each work; where angles are replayed, output that is computed again takes a row a token:
+        all keys of a batch are written before any is read, so one batch still does."""
+        rows = []
+        for request, start, count, ready in work:
+            stop, prompt = start + count, len(request.prompt)
+            if not self.replay or stop <= prompt or count == 1:
+                total = max(prompt, stop) if self.replay else request.length
+                rows.append(_Row(request, start, stop, total, ready))
+                continue
+            if start < prompt:
+                rows.append(_Row(request, start, prompt, prompt, False))
+            for at in range(max(start, prompt), stop):
+                rows.append(_Row(request, at, at + 1, at + 1, ready and at + 1 == stop))
+        return rows
+
+    def _build(self, work: list[Work]) -> tuple[Batch, Tensor]:
+        """The batch, and the index `[ready]` of each token whose successor can be sampled."""
+        rows, size = self._rows(work), self.page_size
+        tokens = sum(row.stop - row.start for row in rows)
+        longest = max(row.stop for row in rows)
+        count, width = len(rows), -(-longest // size)
+        ready = sum(row.ready for row in rows)
+        # All integers of a batch share one buffer, 64-bit ones first: a single copy to the device.
+        parts = [2 * tokens, 2 * tokens, 2 * ready, tokens, count + 1, count, count, count * width]
+        host = self._host(sum(parts))
+        ids, slots, last, positions, starts, lengths, totals, table = (t.numpy() for t in _split(host, parts))
+        table = table.reshape(count, width)
+        at = sampled = widest = 0
+        for index, (request, start, stop, total, is_ready) in enumerate(rows):
+            pages, new = request.pages, stop - start
+            if new == 1:
+                ids[at] = request.token(start)
+                positions[at] = start
+                slots[at] = pages[start // size] * size + start % size
+            else:
+                place = np.arange(start, stop)
+                ids[at : at + new] = request.tokens(start, stop)
+                positions[at : at + new] = place
+                slots[at : at + new] = np.array(pages)[place // size] * size + place % size
+            starts[index], lengths[index], totals[index] = at, stop, total
+            used = -(-stop // size)
+            table[index, :used] = pages[:used]
+            # Unused entries name a page of the row's own: no row ever reads another's numbers.
+            table[index, used:] = pages[0]
+            at += new
+            widest = max(widest, new)
+            if is_ready:
+                last[sampled] = at - 1
+                sampled += 1
+        starts[count] = at
+        ids, slots, last, positions, starts, lengths, totals, table = _split(self._send(host), parts)
+        kv = PagedKV(self.keys, self.values, table.view(count, width), lengths, slots, longest)
+        return Batch(ids, positions, starts, widest, kv=kv, totals=totals), last
+
+    def _host(self, size: int) -> Tensor:
+        """A buffer for `size` 32-bit integers, pinned where the model is on a CUDA device."""
+        if self._pinned is None:
+            return torch.empty(size, dtype=torch.int32)
+        self._copied.synchronize()  # the copy of the batch before may still read it
+        if self._pinned.shape[0] < size:
+            self._pinned = torch.empty(2 * size, dtype=torch.int32, pin_memory=True)
+        return self._pinned[:size]
+
+    def _send(self, host: Tensor) -> Tensor:
+        if self._pinned is None:
+            return host
+        sent = host.to(self.device, non_blocking=True)
+        self._copied.record(torch.cuda.current_stream(self.device))
+        return sent
+
+
+def _split(buffer: Tensor, parts: list[int]) -> list[Tensor]:
+    """The parts of a batch's integers; the first three are 64-bit."""
+    return [t.view(torch.int64) if at < 3 else t for at, t in enumerate(buffer.split(parts))]
