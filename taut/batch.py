@@ -85,3 +85,75 @@ longer than what this batch holds (chunked prefill); None: a row ends at its las
             starts=torch.tensor(starts, dtype=torch.int32, device=device),
             longest=max(lengths, default=0),
         )
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where packed tokens stand in their padded `[rows, width]` grid: `index` `[tokens]` int64, flat."""
+
+    index: Tensor
+    rows: int
+    width: int
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`[rows, width, ...]` -> `[tokens, ...]`."""
+        return padded.flatten(0, 1).index_select(0, self.index)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[tokens, ...]` -> `[rows, width, ...]` with zeros where nothing was."""
+        out = packed.new_zeros(self.rows * self.width, *packed.shape[1:])
+        return out.index_copy(0, self.index, packed).unflatten(0, (self.rows, self.width))
+
+
+def pack(
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> tuple[Batch, Padding]:
+    """Packed batch of a padded one, and the way back.
+
+    `input_ids` `[rows, width]` or `inputs_embeds` `[rows, width, dim]`. `attention_mask` `[rows, width]`
+    marks real tokens wherever they stand: left, right or interior padding, and rows without any.
+    `position_ids` `[rows, width]` (or `[1, width]`) default to 0, 1, 2 ... over each row's real tokens;
+    where they stop increasing inside a row a new sequence begins there, as in batches that a padding-free
+    collator flattened.
+    """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    rows, width = given.shape[:2]
+    device = given.device
+    if attention_mask is None:
+        real = torch.ones(rows, width, dtype=torch.bool, device=device)
+    elif attention_mask.shape != (rows, width):
+        raise RequestError(
+            f"attention_mask has shape {list(attention_mask.shape)}; expected {[rows, width]}, one a token"
+        )
+    else:
+        real = attention_mask.to(device) != 0
+    index = real.flatten().nonzero().squeeze(1)
+    padding = Padding(index, rows, width)
+    row = index // width if width else index
+    first = torch.ones_like(index, dtype=torch.bool)
+    first[1:] = row[1:] != row[:-1]
+    if position_ids is None:
+        positions = (real.cumsum(1) - 1).flatten()[index]
+        counts = real.sum(1)  # rows without tokens stay rows
+    else:
+        if position_ids.shape not in ((rows, width), (1, width), (width,)):
+            raise RequestError(
+                f"position_ids has shape {list(position_ids.shape)}; expected {[rows, width]}, one a token"
+            )
+        positions = position_ids.to(device).expand(rows, width).flatten()[index]
+        first[1:] |= positions[1:] <= positions[:-1]
+        bounds = torch.cat((first.nonzero().squeeze(1), torch.tensor([len(index)], device=device)))
+        counts = bounds.diff()
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
+    starts[1:] = counts.cumsum(0)
+    batch = Batch(
+        ids=None if inputs_embeds is not None else padding.pack(input_ids),
+        embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),
+        positions=positions.to(torch.int32),
+        starts=starts,
+        longest=int(counts.max()) if len(counts) else 0,
+    )
+    return batch, padding

@@ -161,6 +161,13 @@ class ModelConfig:
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     unused: tuple[str, ...] = ()
 
+    def __getattr__(self, name: str) -> Any:
+        # Programs read `model.config.hidden_size` and the like: what config.json says, under its names.
+        source = self.__dict__.get("source", {})
+        if name.startswith("__") or name not in source:
+            raise AttributeError(f"the config has no {name!r}{nearest(name, source)}")
+        return source[name]
+
     @property
     def rope_boundary(self) -> int | None:
         """Length in tokens past which a row's cached keys must be computed again, since all of them turn
@@ -241,7 +248,8 @@ class Reader:
         value = self.str(key, default)
         if value not in known:
             raise ConfigError(
-                f"{self.source}: {key!r} is {value!r}; known: {', '.join(sorted(known))}{nearest(value, known)}"
+                f"{self.source}: {key!r} is {value!r}; known: {', '.join(sorted(known))}"
+                f"{nearest(value, known)}"
             )
         return known[value] if isinstance(known, Mapping) else value
 
@@ -276,7 +284,9 @@ class Reader:
         value = self._get(key, None, (object,), "any value")
         if value is not None and value not in allowed:
             choices = ", ".join(repr(a) for a in allowed) or "absent"
-            raise ConfigError(f"{self.source}: {key!r} is {value!r}, which is not supported; known: {choices}")
+            raise ConfigError(
+                f"{self.source}: {key!r} is {value!r}, which is not supported; known: {choices}"
+            )
 
     def unused(self) -> tuple[str, ...]:
         inner = [f"{s._prefix}{key}" for s in self._sections for key in s.unused()]
@@ -285,12 +295,12 @@ class Reader:
 
 # Keys transformers writes into every config.json; none changes what a decoder computes at inference.
 _HOUSEKEEPING = (
-    "_name_or_path _attn_implementation attn_implementation _commit_hash architectures auto_map "
-    "chunk_size_feed_forward id2label label2id initializer_range is_decoder is_encoder_decoder "
-    "model_type output_attentions output_hidden_states pretraining_tp problem_type return_dict "
-    "task_specific_params tokenizer_class transformers_version use_cache use_return_dict "
-    "attention_dropout resid_pdrop embd_pdrop hidden_dropout"
-).split()
+    *("_name_or_path", "_attn_implementation", "attn_implementation", "_commit_hash", "architectures"),
+    *("auto_map", "chunk_size_feed_forward", "id2label", "label2id", "initializer_range", "is_decoder"),
+    *("is_encoder_decoder", "model_type", "output_attentions", "output_hidden_states", "pretraining_tp"),
+    *("problem_type", "return_dict", "task_specific_params", "tokenizer_class", "transformers_version"),
+    *("use_cache", "use_return_dict", "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"),
+)
 
 
 def activation(reader: Reader, *keys: str) -> str:
@@ -387,17 +397,21 @@ def windows(reader: Reader, count: int, default_types: Sequence[str]) -> list[in
     for index, kind in enumerate(types):
         if kind not in ("full_attention", "sliding_attention"):
             raise ConfigError(
-                f"{reader.source}: 'layer_types'[{index}] is {kind!r}; known: full_attention, sliding_attention"
+                f"{reader.source}: 'layer_types'[{index}] is {kind!r}; "
+                "known: full_attention, sliding_attention"
             )
         if kind == "sliding_attention" and window is None:
             raise ConfigError(
-                f"{reader.source}: 'layer_types'[{index}] is 'sliding_attention' but 'sliding_window' is missing"
+                f"{reader.source}: 'layer_types'[{index}] is 'sliding_attention', "
+                "but 'sliding_window' is missing"
             )
         out.append(window if kind == "sliding_attention" else None)
     return out
 
 
-def finish(reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: Norm, **fields: Any) -> ModelConfig:
+def finish(
+    reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: Norm, **fields: Any
+) -> ModelConfig:
     """The `ModelConfig` of a decoder, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
     reader.ignore(*_HOUSEKEEPING)
@@ -408,19 +422,19 @@ def finish(reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: 
     if name is not None and name.removeprefix("torch.") not in DTYPES:
         raise ConfigError(f"{reader.source}: 'dtype' is {name!r}; known: {', '.join(DTYPES)}")
     bos, pad = reader.ids("bos_token_id"), reader.ids("pad_token_id")
-    config = dict(
-        model_type=reader.str("model_type"),
-        architecture=named[0] if named else architecture,
-        vocab_size=reader.int("vocab_size"),
-        dim=reader.int("hidden_size"),
-        layers=tuple(layers),
-        norm=norm,
-        context=reader.int("max_position_embeddings"),
-        dtype=DTYPES[name.removeprefix("torch.")] if name else None,
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=reader.ids("eos_token_id"),
-        pad_token_id=pad[0] if pad else None,
-        source=dict(reader.data),
-    )
+    config = {
+        "model_type": reader.str("model_type"),
+        "architecture": named[0] if named else architecture,
+        "vocab_size": reader.int("vocab_size"),
+        "dim": reader.int("hidden_size"),
+        "layers": tuple(layers),
+        "norm": norm,
+        "context": reader.int("max_position_embeddings"),
+        "dtype": DTYPES[name.removeprefix("torch.")] if name else None,
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_ids": reader.ids("eos_token_id"),
+        "pad_token_id": pad[0] if pad else None,
+        "source": dict(reader.data),
+    }
     config.update(fields)
     return ModelConfig(**config, unused=reader.unused())

@@ -15,17 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from taut.checkpoint import Deferred, LazyTensor
 from taut.errors import WeightsError, nearest
 from taut.layers.linear import Linear
-
-
-class Readable(Protocol):
-    """What loading needs of a checkpoint tensor; see `taut.checkpoint.LazyTensor`."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,10 @@ def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, Tensor]) -> dict[
 
 
 def check(
-    pieces: Sequence[Piece], params: Mapping[str, Tensor], tensors: Mapping[str, Readable], ignored: Sequence[str] = ()
+    pieces: Sequence[Piece],
+    params: Mapping[str, Tensor],
+    tensors: Mapping[str, LazyTensor],
+    ignored: Sequence[str] = (),
 ) -> None:
     """Match checkpoint tensors and parameters one to one, or raise one `WeightsError` with everything that
     is missing, unexpected or misshapen. `ignored` are name patterns (`*` as wildcard) a file may hold."""
@@ -188,7 +183,9 @@ def check(
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     lines = [f"missing: {name} {list(expected[name])}{nearest(name, unexpected)}" for name in missing]
-    lines += [f"unexpected: {name} {list(tensors[name].shape)}{nearest(name, missing)}" for name in unexpected]
+    lines += [
+        f"unexpected: {name} {list(tensors[name].shape)}{nearest(name, missing)}" for name in unexpected
+    ]
     lines += [f"wrong shape: {line}" for line in misshapen]
     if lines:
         shown, hidden = lines[:40], len(lines) - 40
@@ -206,7 +203,7 @@ _SLICE_BYTES = 8 << 20
 
 def load(
     model: nn.Module,
-    tensors: Mapping[str, Readable],
+    tensors: Mapping[str, LazyTensor],
     rules: Sequence[Rule] = (),
     *,
     dtype: torch.dtype,
@@ -244,7 +241,7 @@ def load(
         setattr(model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=old.requires_grad))
 
 
-def _slices(piece: Piece, source: Readable) -> Iterator[tuple[int, int]]:
+def _slices(piece: Piece, source: LazyTensor) -> Iterator[tuple[int, int]]:
     if piece.transposed or not source.shape:
         yield 0, piece.rows
         return
@@ -254,17 +251,7 @@ def _slices(piece: Piece, source: Readable) -> Iterator[tuple[int, int]]:
         yield begin, min(piece.rows, begin + step)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it goes to disk: `make()` assembles it when its turn comes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-
-def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Stored]:
+def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     """The tensors of `model` under their canonical names, in the model's order; the reverse of `load`."""
     params = dict(model.named_parameters())
     pieces = layout(model, rules)
@@ -279,6 +266,6 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Stored]:
         return (whole.T if group[0].transposed else whole).contiguous()
 
     return [
-        Stored(name, shapes[name], params[group[0].param].dtype, lambda group=group: assemble(group))
+        Deferred(name, shapes[name], params[group[0].param].dtype, lambda group=group: assemble(group))
         for name, group in groups.items()
     ]

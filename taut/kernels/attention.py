@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def _rows(
     """Each row's queries, keys and values."""
     bounds = starts.tolist()
     lengths = pages.lengths.tolist() if pages is not None else None
-    for row, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (begin, end) in enumerate(pairwise(bounds)):
         if begin == end:
             continue
         if pages is None:
@@ -166,7 +167,13 @@ def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=triangle and queries > 1, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        mask,
+        is_causal=triangle and queries > 1,
+        scale=scoring.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)
 

@@ -19,7 +19,12 @@ class Linear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out: int | Mapping[str, int], *, bias: bool = False, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out: int | Mapping[str, int],
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.parts = MappingProxyType(dict(out)) if isinstance(out, Mapping) else None

@@ -92,5 +92,3 @@ def token_totals(batch: Batch) -> Tensor:
         last = (batch.starts[1:] - 1).clamp(min=0).long()
         totals = batch.positions[last] + 1 if batch.tokens else counts
     return totals.float().repeat_interleave(counts.long(), output_size=batch.tokens)
-
-

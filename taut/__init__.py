@@ -1,0 +1,48 @@
+"""Taut runs Hugging Face transformer checkpoints packed from end to end: no padding, no conversion step."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import taut` (and `taut --help`) costs nothing.
+_HOMES = {
+    "AutoModelForCausalLM": "taut.auto",
+    "AutoTokenizer": "taut.tokenizer",
+    "Batch": "taut.batch",
+    "CausalLM": "taut.modeling",
+    "Engine": "taut.engine.engine",
+    "GenerationConfig": "taut.engine.generation",
+    "Request": "taut.engine.request",
+    "SamplingParams": "taut.engine.request",
+    "TautError": "taut.errors",
+    "TextIteratorStreamer": "taut.engine.streamers",
+    "TextStreamer": "taut.engine.streamers",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from taut.batch import Batch as Batch
+    from taut.engine.engine import Engine as Engine
+    from taut.engine.generation import GenerationConfig as GenerationConfig
+    from taut.engine.request import Request as Request
+    from taut.engine.request import SamplingParams as SamplingParams
+    from taut.engine.streamers import TextIteratorStreamer as TextIteratorStreamer
+    from taut.engine.streamers import TextStreamer as TextStreamer
+    from taut.errors import TautError as TautError
+    from taut.modeling import CausalLM as CausalLM
+    from taut.tokenizer import AutoTokenizer as AutoTokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'taut' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

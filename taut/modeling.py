@@ -1,0 +1,445 @@
+"""`CausalLM`: the Hugging Face-shaped door around a packed decoder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taut import weights
+from taut.batch import Batch, pack
+from taut.checkpoint import open_checkpoint, write_safetensors
+from taut.config import DTYPES, ModelConfig
+from taut.engine.generate import generate
+from taut.engine.generation import GenerationConfig
+from taut.errors import RequestError, nearest
+from taut.hub import resolve
+from taut.kernels.attention import CANDIDATES
+from taut.layers.attention import Attention
+from taut.layers.block import Decoder
+from taut.layers.linear import Linear
+from taut.models import family, read_config
+
+# What a file may hold beside its weights: angles that older exports stored, and a head that is tied anyway.
+_IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached", "*.masked_bias")
+
+
+class ModelOutput(dict):
+    """A result whose fields are keys, attributes and, in order, items; fields that are None are absent."""
+
+    def __init__(self, **fields: Any):
+        super().__init__({name: value for name, value in fields.items() if value is not None})
+        self._names = tuple(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        if not name.startswith("_") and name in self._names:
+            return None
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has: {', '.join(self._names)}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+class CausalLM(nn.Module):
+    """A decoder with a language-model head.
+
+    `model.decoder(batch)` is the packed call that everything goes through; `model(input_ids, ...)` and
+    `model.generate(...)` are the padded ones. Weights are empty until `from_pretrained` or `init_weights`.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.generation_config = GenerationConfig.from_dict(_token_ids(config))
+        self.model = Decoder(config, dtype=dtype)
+        self.lm_head = None if config.tied else Linear(config.dim, config.vocab_size, dtype=dtype)
+        self.eval()
+
+    # ------------------------------------------------------------------------------------ what it is
+
+    @property
+    def decoder(self) -> Decoder:
+        """`decoder(batch) -> hidden [tokens, dim]`."""
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    # ------------------------------------------------------------------------------------ computing
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits `[n, vocab]` (float64 for a float64 model) of hidden states `[n, dim]`."""
+        scores = self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if self.config.logit_softcap is not None:
+            scores = self.config.logit_softcap * torch.tanh(scores / self.config.logit_softcap)
+        return scores
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Logits, and the loss where `labels` are given, in the padded shape.
+
+        `input_ids` `[rows, width]` int64 (or `inputs_embeds` `[rows, width, dim]`), `attention_mask`
+        `[rows, width]` with padding anywhere, `position_ids` `[rows, width]` that may restart to mark
+        packed sequences, `labels` `[rows, width]` with -100 where there is nothing to predict. Each row is
+        computed as if it were alone. Gives `loss` (mean over predicted tokens, or their sum divided by
+        `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
+        `logits_to_keep` positions alone, if positive) and `hidden_states` if asked.
+
+        Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None:
+            raise RequestError("past_key_values is not supported by forward; model.generate keeps the cache")
+        if output_attentions:
+            raise RequestError("output_attentions is not supported: attention weights are never materialised")
+        if input_ids is not None:
+            self._check_ids(input_ids)
+        batch, padding = pack(input_ids, attention_mask, position_ids, inputs_embeds)
+        with self._collect(output_hidden_states) as states:
+            hidden = self.decoder(batch)
+        kept = hidden
+        if logits_to_keep:
+            keep = padding.index % padding.width >= padding.width - logits_to_keep
+            kept = hidden[keep]
+            padding = replace(
+                padding,
+                index=padding.index[keep] // padding.width * logits_to_keep
+                + padding.index[keep] % padding.width
+                - (padding.width - logits_to_keep),
+                width=logits_to_keep,
+            )
+        logits = self.logits(kept)
+        loss = None
+        if labels is not None:
+            if labels.shape != (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]:
+                raise RequestError(f"labels has shape {list(labels.shape)}; expected the shape of the inputs")
+            if logits_to_keep:
+                raise RequestError("labels need every position's logits; leave logits_to_keep at 0")
+            loss = _loss(logits, padding.pack(labels.to(logits.device)), batch, num_items_in_batch)
+        output = ModelOutput(
+            loss=loss,
+            logits=padding.unpack(logits),
+            past_key_values=None,
+            hidden_states=tuple(padding.unpack(state) for state in states) or None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts; see `taut.engine.generate.generate`, which documents every option."""
+        return generate(self, *args, **kwargs)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise RequestError(f"input_ids is {ids.dtype} {list(ids.shape)}; expected int64 [rows, width]")
+        # Looking at values on a GPU would wait for it; there the embedding kernel reports them itself.
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                row, column = (ids == bad).nonzero()[0].tolist()
+                raise RequestError(
+                    f"input_ids[{row}, {column}] is {bad}; the vocabulary has ids 0 to "
+                    f"{self.config.vocab_size - 1}: is the tokenizer the one of this model?"
+                )
+
+    @contextmanager
+    def _collect(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """The embedding, each block's output but the last, and the final norm's, as they are computed."""
+        states: list[Tensor] = []
+        modules = [self.model.embed_tokens, *self.model.layers[:-1], self.model.norm] if wanted else []
+        hooks = [m.register_forward_hook(lambda _m, _i, out: states.append(out)) for m in modules]
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def locate_nonfinite(self, batch: Batch) -> str:
+        """The first module whose weights or output are not finite for this batch, in order of computation;
+        runs the batch once more."""
+        found: list[str] = []
+
+        def hook(name: str) -> Any:
+            def look(module: nn.Module, _inputs: Any, output: Any) -> None:
+                if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                    bad = [
+                        n for n, p in module.named_parameters(recurse=False) if not torch.isfinite(p).all()
+                    ]
+                    found.append(f"{name} ({bad[0]} itself is not finite)" if bad else name)
+
+            return look
+
+        leaves = [(n, m) for n, m in self.named_modules() if not any(m.children())]
+        hooks = [module.register_forward_hook(hook(name)) for name, module in leaves]
+        try:
+            self.logits(self.decoder(batch))
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return found[0] if found else "the head's logits"
+
+    # ------------------------------------------------------------------------------------ loading, saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        torch_dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        gguf_file: str | None = None,
+        progress: bool | None = None,
+        **unknown: Any,
+    ) -> CausalLM:
+        """Load a folder, a `.gguf` file or a Hub id.
+
+        `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and 8-bit GGUF
+        files, which are dequantized, bfloat16 where the device computes in it. `device_map` (or `device`):
+        "auto" (the first GPU, otherwise the CPU), a device, or `{"": device}`; default CPU.
+        `attn_implementation`: "auto", "sdpa" or "eager" (the reference). `progress`: a bar on the
+        terminal; default: only if stderr is one and the load is large enough to be seen.
+
+        Raises `CheckpointError` (files), `ConfigError` (config.json) or `WeightsError` (tensors that don't
+        fit the config); nothing half-loaded remains.
+        """
+        _reject(unknown)
+        path = resolve(
+            str(name),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            gguf_file=gguf_file,
+        )
+        checkpoint = open_checkpoint(path)
+        config = read_config(checkpoint.config, f"{path}: config")
+        target = _device(device_map if device_map is not None else device)
+        kind = _dtype(torch_dtype if torch_dtype is not None else dtype, config, checkpoint, target)
+        with torch.device("meta"):
+            model = cls(config, dtype=kind)
+        model.set_attn_implementation(attn_implementation or "auto")
+        ignored = _IGNORED if not config.tied else (*_IGNORED, "lm_head.weight")
+        with _progress(progress, str(name)) as report:
+            weights.load(
+                model,
+                checkpoint.tensors,
+                family(config.model_type).RULES,
+                dtype=kind,
+                device=target,
+                ignored=ignored,
+                progress=report,
+            )
+        model.generation_config = GenerationConfig.from_dict({**_token_ids(config), **checkpoint.generation})
+        return model.eval()
+
+    @classmethod
+    def from_config(
+        cls, config: ModelConfig | dict[str, Any], *, dtype: torch.dtype | None = None, device: Any = "cpu"
+    ) -> CausalLM:
+        """A model with random weights, from a `ModelConfig` or a `config.json` as a dict."""
+        config = config if isinstance(config, ModelConfig) else read_config(config)
+        with torch.device("meta"):
+            model = cls(config, dtype=dtype or config.dtype or torch.float32)
+        return model.to_empty(device=device).init_weights()
+
+    def init_weights(self, std: float = 0.02) -> CausalLM:
+        """Fill in place: matrices from N(0, std), norms with the identity, biases with zero."""
+        for name, param in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.constant_(param, 1.0 - self.config.norm.offset)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+            else:
+                nn.init.normal_(param, std=std)
+        return self
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Restrict attention to one implementation; "auto" allows all, in order of preference."""
+        if name != "auto" and name not in CANDIDATES:
+            raise RequestError(
+                f"attn_implementation is {name!r}; known: auto, {', '.join(CANDIDATES)}"
+                f"{nearest(name, CANDIDATES)}"
+            )
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.only = None if name == "auto" else (name,)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write `config.json`, `generation_config.json` and safetensors under the names that transformers
+        and every other reader know; shards of at most `max_shard_size`."""
+        folder = Path(folder)
+        tensors = weights.store(self, family(self.config.model_type).RULES)
+        write_safetensors(folder, tensors, max_shard_size)
+        source = {k: v for k, v in self.config.source.items() if k not in ("torch_dtype", "dtype")}
+        source["dtype"] = str(self.dtype).removeprefix("torch.")
+        source["architectures"] = [self.config.architecture]
+        (folder / "config.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n", "utf-8")
+        self.generation_config.save_pretrained(folder)
+
+
+def _loss(logits: Tensor, labels: Tensor, batch: Batch, items: int | Tensor | None) -> Tensor:
+    """Cross-entropy of each token's logits against the next token of its row."""
+    targets = torch.full_like(labels, -100)
+    targets[:-1] = labels[1:]
+    targets[
+        batch.starts[1:][batch.starts.diff() > 0].long() - 1
+    ] = -100  # a row's last token predicts nothing
+    if items is None:
+        return F.cross_entropy(logits, targets, ignore_index=-100)
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / items
+
+
+def _token_ids(config: ModelConfig) -> dict[str, Any]:
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids) or None,
+        "pad_token_id": config.pad_token_id,
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+_LATER = {
+    "load_in_4bit": "4-bit loading",
+    "load_in_8bit": "8-bit loading",
+    "quantization_config": "quantized loading",
+    "use_flash_attention_2": "the packed flash kernel",
+    "max_memory": "placement under memory caps",
+}
+
+
+def _reject(unknown: dict[str, Any]) -> None:
+    for name, value in unknown.items():
+        if name in ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "use_cache"):
+            continue  # already how Taut loads, or nothing it would ever do
+        if name in _LATER:
+            if value not in (None, False):
+                raise RequestError(f"{name}={value!r}: {_LATER[name]} is not in this release; leave it out")
+            continue
+        known = [p for p in CausalLM.from_pretrained.__kwdefaults__ if p != "unknown"]
+        raise RequestError(
+            f"from_pretrained has no option {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+        )
+
+
+def _device(where: Any) -> torch.device:
+    if isinstance(where, dict):
+        if set(where) != {""}:
+            raise RequestError(
+                f"device_map is {where!r}; a dict must be {{'': device}}: one device holds it all"
+            )
+        where = where[""]
+    if where in ("auto", "balanced", "sequential"):
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device("cpu" if where is None else where)
+    except (RuntimeError, TypeError):
+        raise RequestError(f"device is {where!r}; known: auto, cpu, cuda, cuda:0 ...") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RequestError(
+                f"device is {str(device)!r}, but this PyTorch sees no CUDA GPU; use device='cpu'"
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise RequestError(
+                f"device is {str(device)!r}; there are {torch.cuda.device_count()} GPUs, from 0"
+            )
+    elif device.type not in ("cpu", "meta"):
+        raise RequestError(f"device is {str(device)!r}; known: auto, cpu, cuda")
+    return device
+
+
+def _dtype(wanted: Any, config: ModelConfig, checkpoint: Any, device: torch.device) -> torch.dtype:
+    if isinstance(wanted, str) and wanted != "auto":
+        name = wanted.removeprefix("torch.")
+        if name not in DTYPES:
+            raise RequestError(
+                f"dtype is {wanted!r}; known: auto, {', '.join(DTYPES)}{nearest(name, DTYPES)}"
+            )
+        return DTYPES[name]
+    if isinstance(wanted, torch.dtype):
+        if wanted not in DTYPES.values():
+            raise RequestError(f"dtype is {wanted}; known: auto, {', '.join(DTYPES)}")
+        return wanted
+    if config.dtype is not None:
+        return config.dtype
+    found = [t.dtype for t in checkpoint.tensors.values() if t.dtype in DTYPES.values()]
+    if checkpoint.metadata and torch.float32 in found:  # dequantized blocks come as float32
+        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
+    return found[0] if found else torch.float32
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = torch.backends.cpu.get_cpu_capability()
+    return flags.startswith(("AVX512", "SVE")) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@contextmanager
+def _progress(wanted: bool | None, name: str) -> Iterator[Any]:
+    """A bar over the bytes of the finished model, or nothing."""
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("Loading {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(Path(name).name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
