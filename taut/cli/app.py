@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,10 @@ Local = Annotated[bool, typer.Option("--local-files-only", help="Use what is on 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling; the same seed gives the same text.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Stop after this many tokens. Unset: 512 (chat: 1024), or what the context leaves."),
+]
 Temperature = Annotated[
     float | None, typer.Option(help="0: always the likeliest token. Unset: what the model's files say.")
 ]
@@ -48,9 +52,12 @@ Model = Annotated[
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turns an error into one line on stderr and an exit code: 1, or 130 after Ctrl-C."""
+    """Turns an error into one line on stderr and an exit code: 1, or 130 after Ctrl-C. A warning is one
+    line too."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
+            yield
     except (BrokenPipeError, typer.Exit):
         raise
     except KeyboardInterrupt:
@@ -62,6 +69,11 @@ def reported(debug: bool) -> Iterator[None]:
         if debug:
             raise
         typer.echo(f"error: {error or type(error).__name__}", err=True)
+        raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if debug or "out of memory" not in str(error):
+            raise
+        typer.echo(f"error: {error}; try --device cpu, fewer --max-new-tokens or a smaller model", err=True)
         raise typer.Exit(1) from None
 
 
@@ -121,7 +133,7 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")] = False,
     system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -153,7 +165,7 @@ def chat(
     context: typer.Context,
     model: Model = None,
     system: System = None,
-    max_new_tokens: MaxNewTokens = 1024,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,

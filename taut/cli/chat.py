@@ -12,6 +12,8 @@ from pathlib import Path
 from taut.cli.session import Options, Session
 from taut.errors import RequestError, TautError, nearest
 
+DEFAULT_NEW_TOKENS = 1024
+
 HELP = """\
 /help          this list
 /reset         forget the conversation (the system message stays)
@@ -151,26 +153,29 @@ class Chat:
         that could not be given leaves no trace."""
         self.conversation.add("user", text)
         pieces: list[str] = []
-        try:
-            answer = self.session.answer(self.session.chat_ids(self.conversation.messages), self.options)
-            with contextlib.closing(answer), Interrupt() as interrupt:
-                for piece in answer:
-                    pieces.append(piece)
-                    print(piece, end="", flush=True)
-                    if interrupt.set:
-                        break
-        except KeyboardInterrupt:  # the second one, or one outside the loop
-            pass
-        except TautError as error:
-            self.conversation.turns.pop()
-            self._error(f"{error}{'; /reset forgets the conversation' if self.conversation.turns else ''}")
-            return
+        with Interrupt() as interrupt:
+            try:
+                ids = self.session.chat_ids(self.conversation.messages)
+                answer = self.session.answer(ids, self.options, DEFAULT_NEW_TOKENS)
+                with contextlib.closing(answer):
+                    for piece in answer:
+                        pieces.append(piece)
+                        print(piece, end="", flush=True)
+                        if interrupt.set:
+                            break
+            except TautError as error:
+                self.conversation.turns.pop()
+                hint = "; /reset forgets the conversation" if self.conversation.turns else ""
+                self._error(f"{error}{hint}")
+                return
+            except KeyboardInterrupt:  # Ctrl-C twice: no token came after the first
+                pass
         print(flush=True)
         said = "".join(pieces)
-        if said:
-            self.conversation.add("assistant", said)
-        else:
+        if not said:
             self.conversation.turns.pop()
+            return
+        self.conversation.add("assistant", said)
         self._note(self.session.facts(answer.clock).line())
 
     def _note(self, text: str) -> None:
@@ -184,5 +189,5 @@ class Chat:
 def run(model: str | None, options: Options, *, system: str | None) -> None:
     """Loads `model` and talks until the user leaves. `TokenizerError` when it has no chat template."""
     session = Session.load(model, options)
-    session.need_chat_template()
+    session.need_chat_template("chat")
     Chat(session, options, system).run()

@@ -8,6 +8,9 @@ import sys
 from dataclasses import asdict
 
 from taut.cli.session import Options, Session
+from taut.errors import RequestError
+
+DEFAULT_NEW_TOKENS = 512
 
 
 def run(
@@ -15,12 +18,18 @@ def run(
 ) -> None:
     """Answers `prompt` with `model` (None: the default one). `raw`, or a model without a chat template,
     continues the text as it is."""
+    if raw and system is not None:
+        raise RequestError("--system is part of the chat template, which --raw leaves out; give one of them")
     session = Session.load(model, options)
-    if system is not None and (raw or not session.tokenizer.chat_template):
+    if system is not None:
         session.need_chat_template("--system")
-    ids = session.raw_ids(prompt) if raw else session.prompt_ids(prompt, system)
+    if raw or not session.tokenizer.chat_template:
+        ids = session.raw_ids(prompt)
+    else:
+        head = [{"role": "system", "content": system}] if system else []
+        ids = session.chat_ids([*head, {"role": "user", "content": prompt}])
     pieces: list[str] = []
-    with contextlib.closing(session.answer(ids, options)) as answer:
+    with contextlib.closing(session.answer(ids, options, DEFAULT_NEW_TOKENS)) as answer:
         try:
             for piece in answer:
                 pieces.append(piece)
@@ -38,8 +47,8 @@ def run(
             "text": "".join(pieces),
             "token_ids": answer.token_ids,
             "finish_reason": answer.finish_reason,
-            "dtype": session.dtype,
-            "device": session.device,
+            "dtype": str(session.model.dtype).removeprefix("torch."),
+            "device": str(session.model.device),
             "facts": asdict(facts),
         }
         print(json.dumps(result, ensure_ascii=False))

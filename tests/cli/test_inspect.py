@@ -1,0 +1,133 @@
+"""`taut inspect`: every number against the default model's known shape, and nothing read but headers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import Result
+
+from taut.cli.inspect import part_of
+
+CONFIG = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "favourite_colour": "green",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Qwen3 of two layers, without a tokenizer."""
+    tensors = {"model.embed_tokens.weight": (96, 16), "model.norm.weight": (16,), "lm_head.weight": (96, 16)}
+    for index in range(2):
+        layer = f"model.layers.{index}"
+        tensors |= {
+            f"{layer}.self_attn.q_proj.weight": (32, 16),
+            f"{layer}.self_attn.k_proj.weight": (16, 16),
+            f"{layer}.self_attn.v_proj.weight": (16, 16),
+            f"{layer}.self_attn.o_proj.weight": (16, 32),
+            f"{layer}.self_attn.q_norm.weight": (8,),
+            f"{layer}.self_attn.k_norm.weight": (8,),
+            f"{layer}.mlp.gate_proj.weight": (24, 16),
+            f"{layer}.mlp.up_proj.weight": (24, 16),
+            f"{layer}.mlp.down_proj.weight": (16, 24),
+            f"{layer}.input_layernorm.weight": (16,),
+            f"{layer}.post_attention_layernorm.weight": (16,),
+        }
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def test_numbers(taut: Callable[..., Result], folder: Path) -> None:
+    result = taut("inspect", str(folder), "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    expected = {
+        "embedding": (1, 96 * 16),
+        "attention": (8, 2 * (32 + 16 + 16 + 32) * 16),
+        "mlp": (6, 2 * 3 * 24 * 16),
+        "norms": (9, 16 + 2 * (8 + 8 + 16 + 16)),
+        "head": (1, 96 * 16),
+    }
+    assert {n: (p["tensors"], p["parameters"]) for n, p in found["parts"].items()} == expected
+    assert found["parameters"] == sum(count for _, count in expected.values())
+    memory = found["memory_bytes"]
+    assert memory["weights"] == 2 * found["parameters"]
+    assert memory["parts"]["mlp"] == 2 * 2 * 3 * 24 * 16
+    assert memory["kv_cache_per_token"] == 2 * 2 * 2 * 8 * 2  # layers, keys and values, heads, dim, bytes
+    assert memory["kv_cache_full_context"] == 128 * memory["kv_cache_per_token"]
+    assert found["file_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert found["unused_config_keys"] == ["favourite_colour"]
+    assert (found["model_type"], found["dtype"]) == ("qwen3", "bfloat16")
+    assert found["config"]["layer_kinds"][0]["count"] == 2
+    assert "error" in found["tokenizer"]
+    double = json.loads(taut("inspect", str(folder), "--json", "--dtype", "float32").stdout)
+    assert double["memory_bytes"]["weights"] == 2 * memory["weights"]
+
+
+def test_tables(taut: Callable[..., Result], folder: Path) -> None:
+    result = taut("inspect", str(folder))
+    assert result.exit_code == 0, result.stderr
+    for text in ("qwen3 (Qwen3ForCausalLM)", "favourite_colour", "4 heads of 8, 2 for keys", "128 tokens"):
+        assert text in " ".join(result.stdout.split()), text
+    assert re.fullmatch(r"load [\d.]+ s \| peak memory [\d.]+ [MG]B\n", result.stderr)
+
+
+def test_the_default_model(smollm: None, taut: Callable[..., Result]) -> None:
+    found = json.loads(taut("inspect", "--json").stdout)
+    assert found["model_type"] == "llama"
+    assert found["parameters"] == 134_515_008
+    assert found["config"]["layers"] == 30
+    assert found["config"]["tied_embeddings"] and "head" not in found["parts"]
+    assert found["tokenizer"]["vocabulary"] == found["config"]["vocab_size"] == 49152
+    assert found["tokenizer"]["chat_template"] is True
+    assert found["unused_config_keys"] == []
+
+
+def test_no_weight_is_read(
+    taut: Callable[..., Result], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("taut.checkpoint.base.read_bytes", read)
+    monkeypatch.setattr("taut.checkpoint.safetensors.read_bytes", read)
+    assert taut("inspect", str(folder), "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("model.layers.3.self_attn.qkv_proj.weight", "attention"),
+        ("model.layers.3.self_attn.q_norm.weight", "norms"),
+        ("model.layers.3.post_attention_layernorm.weight", "norms"),
+        ("model.layers.3.mlp.down_proj.bias", "mlp"),
+        ("model.layers.3.rotary_emb.inv_freq", "other"),
+    ],
+)
+def test_part_of(name: str, part: str) -> None:
+    assert part_of(name) == part
