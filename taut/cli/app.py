@@ -113,6 +113,8 @@ def _prompt(model: str | None, prompt: str | None) -> tuple[str | None, str]:
             raise RequestError(f"the prompt on standard input is not text: {error}") from None
         # The newline that echo and editors end with is not part of the prompt.
         prompt = prompt.removesuffix("\n")
+    if not prompt.strip():
+        raise RequestError('the prompt is empty: give some text (taut generate "Why is the sky blue?")')
     return model, prompt
 
 

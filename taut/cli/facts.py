@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -42,42 +43,46 @@ def human_count(count: float) -> str:
     return f"{count:.1f}T"
 
 
-@dataclass
 class Clock:
-    """Times one answer: `start()`, then `token()` as each token arrives."""
+    """Times one answer: `start()`, then `reach(count)` whenever text has come, with the tokens so far.
 
-    prompt_tokens: int
-    tokens: int = 0
-    _started: float = field(default=0.0, repr=False)
-    _first: float = field(default=0.0, repr=False)
-    _last: float = field(default=0.0, repr=False)
+    Text may stand for several tokens (a character of three, say), so the first sight of tokens isn't
+    always that of the first: what the others took is estimated from the rest of the answer.
+    """
+
+    def __init__(self, prompt_tokens: int, now: Callable[[], float] = time.perf_counter):
+        self.prompt_tokens, self.tokens = prompt_tokens, 0
+        self._now = now
+        self._started = 0.0
+        self._first = self._last = (0.0, 0)  # time, tokens
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        self._started = self._now()
 
-    def token(self) -> None:
-        self._last = time.perf_counter()
+    def reach(self, tokens: int) -> None:
+        if tokens == self.tokens:
+            return
+        self._last = (self._now(), tokens)
         if not self.tokens:
             self._first = self._last
-        self.tokens += 1
-
-    @property
-    def prompt_seconds(self) -> float | None:
-        """Time to the first token, which is the prompt's; None before there is one."""
-        return self._first - self._started if self.tokens else None
-
-    @property
-    def decode_seconds(self) -> float | None:
-        """From the first token to the last; None with fewer than two tokens."""
-        return self._last - self._first if self.tokens > 1 else None
-
-    @property
-    def prompt_rate(self) -> float | None:
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else None
+        self.tokens = tokens
 
     @property
     def decode_rate(self) -> float | None:
-        return (self.tokens - 1) / self.decode_seconds if self.decode_seconds else None
+        """Tokens a second after the first were seen; None where none were."""
+        seconds, tokens = (self._last[i] - self._first[i] for i in range(2))
+        return tokens / seconds if tokens and seconds > 0 else None
+
+    @property
+    def prompt_rate(self) -> float | None:
+        """Prompt tokens a second, up to the first new token; None before there is one, or where the only
+        text came with several at once."""
+        time, tokens = self._first
+        extra, rate = tokens - 1, self.decode_rate
+        if not tokens or (extra and rate is None):
+            return None
+        seconds = time - self._started - (extra / rate if extra else 0)
+        return self.prompt_tokens / seconds if seconds > 0 else None
 
 
 @dataclass(frozen=True)

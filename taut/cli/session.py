@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from taut.cli.facts import Clock, Facts
-from taut.engine.engine import Engine
-from taut.engine.generation import GenerationConfig, StopMatcher
-from taut.engine.request import Request
+from taut.engine.generate import Stream, stream
+from taut.engine.generation import GenerationConfig
 from taut.errors import TokenizerError
 from taut.hub import default_model, resolve
 from taut.modeling import CausalLM
-from taut.tokenizer import AutoTokenizer, IncrementalDetokenizer, Tokenizer
+from taut.tokenizer import AutoTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,44 +63,22 @@ class Options:
 
 
 class Answer:
-    """The text of one answer, piece by piece as it becomes final; `close()` stops it and frees its pages.
+    """The text of one answer, piece by piece as it becomes final, and its times on `clock`. `close()` stops
+    it and frees its cache."""
 
-    `clock` has its times, `token_ids` what was generated and `finish_reason` why it ended.
-    """
-
-    def __init__(self, session: Session, request: Request, engine: Engine):
-        self.clock = Clock(len(request.prompt))
-        self._request = request
-        self._tokens = engine.stream(request)
-        self._pieces = self._text(IncrementalDetokenizer(session.tokenizer), request.params.stop_strings)
-
-    def _text(self, detokenizer: IncrementalDetokenizer, stops: tuple[str, ...]) -> Iterator[str]:
-        matcher = StopMatcher(stops)
-        self.clock.start()
-        for token in self._tokens:
-            self.clock.token()
-            piece = matcher.push(detokenizer.push(token))
-            if piece:
-                yield piece
-            if matcher.stopped:
-                self.finish_reason = "stop_string"
-                self._tokens.close()
-                return
-        self.finish_reason = self._request.finish_reason
-        rest = matcher.push(detokenizer.finish()) + matcher.finish()
-        if rest:
-            yield rest
+    def __init__(self, stream: Stream):
+        self.stream, self.clock = stream, Clock(len(stream.request.prompt))
 
     def __iter__(self) -> Iterator[str]:
-        return self._pieces
+        output = self.stream.request.output
+        self.clock.start()
+        for piece in self.stream:
+            self.clock.reach(len(output))
+            yield piece
+        self.clock.reach(len(output))
 
     def close(self) -> None:
-        self._pieces.close()
-        self._tokens.close()
-
-    @property
-    def token_ids(self) -> list[int]:
-        return list(self._request.output)
+        self.stream.close()
 
 
 class Session:
@@ -142,13 +119,12 @@ class Session:
     def answer(self, ids: list[int], options: Options, new_tokens: int) -> Answer:
         """The continuation of `ids`: at most `options.max_new_tokens`, or `new_tokens` when that is unset,
         and never more than the context holds. `RequestError` for a prompt that leaves no room."""
-        config = options.generation().over(self.model.generation_config)
-        context = self.model.config.context
         if options.max_new_tokens is None:
-            config.max_new_tokens = max(1, min(new_tokens, context - len(ids)))
-        room = config.new_tokens(len(ids), len(ids), context)
-        request = Request(ids, config.sampling(room, len(ids), options.seed))
-        return Answer(self, request, Engine(self.model, max_rows=1, cache_tokens=len(ids) + room))
+            room = self.model.config.context - len(ids)
+            options = replace(options, max_new_tokens=max(1, min(new_tokens, room)))
+        return Answer(
+            stream(self.model, [ids], generation_config=options.generation(), tokenizer=self.tokenizer)
+        )
 
     def facts(self, clock: Clock) -> Facts:
         return Facts.of(self.load_seconds, str(self.model.device), clock)

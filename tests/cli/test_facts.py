@@ -25,17 +25,23 @@ def test_counts(count: float, text: str) -> None:
     assert human_count(count) == text
 
 
-def test_rates_leave_the_first_token_to_the_prompt() -> None:
-    clock = Clock(10, tokens=5, _started=1.0, _first=3.0, _last=5.0)
-    assert (clock.prompt_rate, clock.decode_rate) == (5.0, 2.0)
-
-
-def test_no_rate_without_tokens() -> None:
-    clock = Clock(10)
+@pytest.mark.parametrize(
+    ("sights", "prompt", "decode"),
+    [
+        ([(3.0, 1), (4.0, 3), (5.0, 5)], 5.0, 2.0),  # the first token is the prompt's
+        ([(4.0, 3), (5.0, 5)], 5.0, 2.0),  # the first text stood for three tokens
+        ([(3.0, 1), (3.5, 1)], 5.0, None),
+        ([(4.0, 3)], None, None),
+        ([], None, None),
+    ],
+)
+def test_rates(sights: list[tuple[float, int]], prompt: float | None, decode: float | None) -> None:
+    times = iter([1.0] + [time for time, _ in sights])
+    clock = Clock(10, now=lambda: next(times))
     clock.start()
-    assert (clock.prompt_rate, clock.decode_rate) == (None, None)
-    clock.token()
-    assert clock.prompt_rate > 0 and clock.decode_rate is None
+    for _, tokens in sights:
+        clock.reach(tokens)
+    assert (clock.prompt_rate, clock.decode_rate) == (prompt, decode)
 
 
 def test_line() -> None:
