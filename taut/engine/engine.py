@@ -150,13 +150,17 @@ class Engine:
             return events
 
     def run(self, requests: Iterable[Request]) -> list[Request]:
-        """Serve requests to their end; if that is interrupted, they are cancelled."""
+        """Serve requests to their end, submitting those that weren't; if interrupted, cancel them."""
         requests = list(requests)
+        new = [request for request in requests if request.id < 0]
+        for request in new:
+            self.check(request)  # all, before any is queued
         try:
-            for request in requests:
+            for request in new:
                 self.submit(request)
-            while not all(request.finished for request in requests):
-                self.step()
+            for request in requests:
+                while not request.finished:
+                    self._step_for(request, len(request.output))
         finally:
             for request in requests:
                 self.cancel(request)

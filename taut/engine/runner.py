@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -29,17 +30,12 @@ class Runner:
     `[pages, page_size, kv_heads, head_dim]` tensors, in the model's dtype on its device."""
 
     def __init__(self, model, page_size: int, num_pages: int):
-        self.model, self.page_size = model, page_size
+        self.model, self.page_size, self.device = model, page_size, torch.device(model.device)
         attentions = [layer.attn for layer in model.config.layers]
 
         def cache() -> tuple[Tensor, ...]:
-            # Zeros, not empty: a kernel may read unused slots with weight 0, and 0 * NaN is NaN.
             return tuple(
-                torch.zeros(
-                    (num_pages, page_size, attn.kv_heads, attn.head_dim),
-                    dtype=model.dtype,
-                    device=model.device,
-                )
+                _zeros((num_pages, page_size, attn.kv_heads, attn.head_dim), model.dtype, self.device)
                 for attn in attentions
             )
 
@@ -48,7 +44,6 @@ class Runner:
         self.replay = any(
             attn.rope is not None and isinstance(attn.rope.scaling, Dynamic) for attn in attentions
         )
-        self.device = torch.device(model.device)
         cuda = self.device.type == "cuda"
         self._pinned = torch.empty(0, dtype=torch.int32, pin_memory=True) if cuda else None
         self._copied = torch.cuda.Event() if cuda else None
@@ -147,3 +142,11 @@ class Runner:
 def _split(buffer: Tensor, parts: list[int]) -> list[Tensor]:
     """The parts of a batch's integers; the first three are 64-bit."""
     return [t.view(torch.int64) if at < 3 else t for at, t in enumerate(buffer.split(parts))]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, since a kernel may read unused slots with weight 0, and 0 * NaN is NaN. On the CPU they come
+    from calloc, which takes no memory for what is never written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
