@@ -139,11 +139,12 @@ class Engine:
                     continue
                 token, scores = choice
                 self.scheduler.commit(item, token)
-                with torch.inference_mode(False):  # what the caller keeps are ordinary tensors
-                    if request.keep_logits:
-                        request.logits.append(logits[row].clone())
-                    if request.keep_scores and scores is not None:
-                        request.scores.append(scores.clone())
+                if request.keep_logits or request.keep_scores:
+                    with torch.inference_mode(False):  # what the caller keeps are ordinary tensors
+                        if request.keep_logits:
+                            request.logits.append(logits[row].clone())
+                        if request.keep_scores and scores is not None:
+                            request.scores.append(scores.clone())
                 self._end(request, token)
                 events.append(Event(request, [token]))
             events += [Event(request, []) for request in self._expired()]
@@ -285,7 +286,7 @@ class Engine:
         request = item.request
         if isinstance(error, NumericsError):
             locate = getattr(self.model, "locate_nonfinite", None)
-            where = f" ({locate(self.runner.batch([item]))})" if locate is not None else ""
+            where = f", first in {locate(self.runner.batch([item]))}" if locate is not None else ""
             error = NumericsError(
                 f"request {request.id}: the logits after {request.length} tokens are not finite{where}; "
                 "check the weights, or load with dtype='bfloat16' or 'float32' if it was 'float16'"

@@ -236,7 +236,7 @@ class Poisoned(Tiny):
 
     def locate_nonfinite(self, batch) -> str:
         assert batch.rows == 1 and 7 in batch.ids
-        return "first in embed_tokens"
+        return "embed_tokens"
 
 
 def test_numbers_that_are_not_finite_end_their_request_alone_and_leave_no_trace():
@@ -245,7 +245,7 @@ def test_numbers_that_are_not_finite_end_their_request_alone_and_leave_no_trace(
     e.run([bad, good])
     assert bad.finish_reason == "error" and isinstance(bad.error, NumericsError)
     message = str(bad.error)
-    assert "request 0" in message and "first in embed_tokens" in message and "float32" in message
+    assert "request 0" in message and "not finite, first in embed_tokens" in message and "float32" in message
     assert good.output == alone("plain", (3, 4, 5), 8)
     assert all(torch.isfinite(cache).all() for cache in (*e.runner.keys, *e.runner.values))
     with pytest.raises(NumericsError):
