@@ -16,9 +16,10 @@ T = TypeVar("T")
 # Read from a repository, at its top level only: configuration, tokenizer, weights. Never pickles, never code.
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 WEIGHT_FILES = ("*.safetensors",)
+TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*")
 SKIPPED = ("*/*", "consolidated*.safetensors")  # the second: the same weights again, under other names
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
 
@@ -64,7 +65,8 @@ def resolve(
     names = hub.names(folder)
     if choice := _only_gguf(str(name), names):
         return hub.file(choice)
-    raise CheckpointError(f"{name}: the Hub repository holds no safetensors weights{_holds(names)}")
+    missing = "safetensors weights" if weights else "tokenizer"
+    raise CheckpointError(f"{name}: the Hub repository holds no {missing}{_holds(names)}")
 
 
 def _looks_like_path(name: str | os.PathLike[str]) -> bool:
@@ -105,7 +107,7 @@ def _local(path: Path, gguf_file: str | None) -> Path:
 
 
 def _has_model(folder: Path, weights: bool) -> bool:
-    patterns = WEIGHT_FILES if weights else ("config.json", "tokenizer*")
+    patterns = WEIGHT_FILES if weights else TOKENIZER_FILES
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
@@ -123,8 +125,8 @@ def _holds(names: Iterable[str]) -> str:
     text += f" and {len(names) - 12} more" if len(names) > 12 else ""
     if any(name.endswith(_PICKLES) for name in names):
         text += (
-            ". Pickled weights can run code and are never opened: convert them once, in a place you trust, to "
-            "safetensors (https://huggingface.co/spaces/safetensors/convert)"
+            ". Pickled weights can run code and are never opened: convert them once, in a place you trust, "
+            "to safetensors (https://huggingface.co/spaces/safetensors/convert)"
         )
     return text
 
@@ -203,13 +205,13 @@ class _Hub:
             ),
             (
                 errors.RepositoryNotFoundError,
-                "no such repository on the Hugging Face Hub; check the spelling, pass token= if it is private, "
-                f"or write ./{self.name} for a local folder",
+                "no such repository on the Hugging Face Hub; check the spelling, pass token= if it is "
+                f"private, or write ./{self.name} for a local folder",
             ),
             (
                 (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled),
-                "not in the local cache, and the Hugging Face Hub was not asked or can't be reached; go online "
-                "(and leave local_files_only and HF_HUB_OFFLINE unset) or give the path of a local folder",
+                "not in the local cache, and the Hugging Face Hub was not asked or can't be reached; go "
+                "online (with local_files_only and HF_HUB_OFFLINE unset) or give the path of a local folder",
             ),
             (errors.EntryNotFoundError, f"the repository has no such file ({reason})"),
             (errors.HFValidationError, f"not a valid Hub id ({reason})"),

@@ -50,7 +50,7 @@ class Deferred:
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         start, stop = rows(self, start, stop)
         whole = self.make()
-        return whole[start:stop] if self.shape else whole
+        return whole if not self.shape or (start, stop) == (0, self.shape[0]) else whole[start:stop]
 
 
 @dataclass(frozen=True)
