@@ -55,7 +55,7 @@ def resolve(
     if gguf_file is not None and not gguf_file.endswith(".gguf"):
         raise CheckpointError(f"gguf_file={gguf_file!r} does not end with .gguf")
     if path.exists() or _looks_like_path(name):
-        return _local(path, gguf_file)
+        return _local(path, gguf_file, weights)
     hub = _Hub(str(name), revision, cache_dir, token, local_files_only)
     if gguf_file is not None:
         return hub.file(gguf_file)
@@ -80,7 +80,7 @@ def _looks_like_path(name: str | os.PathLike[str]) -> bool:
     )
 
 
-def _local(path: Path, gguf_file: str | None) -> Path:
+def _local(path: Path, gguf_file: str | None, weights: bool) -> Path:
     if not path.exists():
         parent = path.parent
         siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
@@ -101,7 +101,7 @@ def _local(path: Path, gguf_file: str | None) -> Path:
         if not (path / gguf_file).is_file():
             raise CheckpointError(f"{path}: no {gguf_file!r} there{nearest(gguf_file, names)}{_holds(names)}")
         return path / gguf_file
-    if "config.json" not in names and not _has_model(path, True) and (choice := _only_gguf(str(path), names)):
+    if not _has_model(path, weights) and (choice := _only_gguf(str(path), names)):
         return path / choice
     return path
 

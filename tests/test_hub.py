@@ -45,6 +45,9 @@ def test_local_folders_and_files(tmp_path, no_hub, monkeypatch):
     assert resolve("~/owner/name") == full
     assert resolve(both) == both
     assert resolve(one) == one / "a.gguf"
+    folder_of(one, "config.json", "tokenizer.json")
+    assert resolve(one) == one / "a.gguf"
+    assert resolve(one, weights=False) == one
     assert resolve(several, gguf_file="b.gguf") == several / "b.gguf"
     assert resolve(several / "b.gguf") == several / "b.gguf"
 
