@@ -1,0 +1,78 @@
+"""Writes a tokenizer's files so that transformers and Taut load it back equal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from taut.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from taut.tokenizer.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
+    """Writes the files into `folder`, made if need be; returns their paths."""
+    if folder.exists() and not folder.is_dir():
+        raise TokenizerError(f"{folder} is a file; a tokenizer is saved into a folder")
+    texts = {
+        TOKENIZER: _backend(tokenizer),
+        CONFIG: _json(_config(tokenizer)),
+        SPECIAL: _json(tokenizer.special_tokens_map),
+    }
+    texts |= _templates(tokenizer.chat_template)
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text, encoding="utf-8", newline="")
+        os.replace(partial, path)
+    return tuple(str(folder / name) for name in texts)
+
+
+def _backend(tokenizer: Tokenizer) -> str:
+    with tokenizer._lock:  # padding and truncation of the last call are no part of the tokenizer
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return backend.to_str(pretty=True)
+
+
+def _config(tokenizer: Tokenizer) -> dict[str, object]:
+    config: dict[str, object] = {
+        **tokenizer.special_tokens_map,
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+        "model_input_names": tokenizer.model_input_names,
+        "model_max_length": tokenizer.model_max_length,
+        "padding_side": tokenizer.padding_side,
+        "split_special_tokens": tokenizer.split_special_tokens,
+        # The class that takes tokenizer.json as it is; those of single families rebuild parts of it.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "truncation_side": tokenizer.truncation_side,
+    }
+    if tokenizer.extra_special_tokens:
+        config["extra_special_tokens"] = tokenizer.extra_special_tokens
+    return config
+
+
+def _templates(templates: str | Mapping[str, str] | None) -> dict[str, str]:
+    named = {"default": templates} if isinstance(templates, str) else dict(templates or {})
+    files = {}
+    for name, text in named.items():
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise TokenizerError(f"a chat template can't be saved under the name {name!r}; rename it")
+        files[TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja"] = text
+    return files
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
