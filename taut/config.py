@@ -303,12 +303,12 @@ _HOUSEKEEPING = (
 )
 
 
-def activation(reader: Reader, *keys: str) -> str:
-    """The activation named by the first of `keys` that is present; the others are ignored by name."""
+def activation(reader: Reader, *keys: str, default: str) -> str:
+    """The activation named by the first of `keys` that is present (the others are ignored by name)."""
     key = next((k for k in keys if reader.has(k)), keys[0])
     reader.ignore(*keys)
     known = {name: name for name in ACTIVATIONS} | dict(_ACTIVATION_ALIASES)
-    return reader.choice(key, known)
+    return reader.choice(key, known, default)
 
 
 def rope(reader: Reader, head_dim: int, context: int, theta: float = 10000.0) -> Rope:
@@ -436,5 +436,8 @@ def finish(
         "pad_token_id": pad[0] if pad else None,
         "source": dict(reader.data),
     }
+    # Dynamic scaling turns no further than trained until `factor` times the trained context.
+    grown = [s.factor for a in layers if a.attn.rope and isinstance(s := a.attn.rope.scaling, Dynamic)]
+    config["context"] = int(config["context"] * max(grown, default=1.0))
     config.update(fields)
     return ModelConfig(**config, unused=reader.unused())

@@ -171,6 +171,18 @@ class CausalLM(nn.Module):
         )
         return output if return_dict else output.to_tuple()
 
+    def prepare_inference(self) -> None:
+        """Bring weights into the layout in which inference reads them fastest, one at a time; they go back
+        by themselves when a gradient, a save or a move needs them dense. The engine calls this; a model in
+        training mode is left alone."""
+        if self.training:
+            return
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.block()
+        if self.lm_head is None:
+            self.model.embed_tokens.block()
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts; see `taut.engine.generate.generate`, which documents every option."""
         return generate(self, *args, **kwargs)

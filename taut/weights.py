@@ -251,6 +251,11 @@ def _slices(piece: Piece, source: LazyTensor) -> Iterator[tuple[int, int]]:
         yield begin, min(piece.rows, begin + step)
 
 
+def dense(param: Tensor) -> Tensor:
+    """The parameter's values as an ordinary tensor, whatever layout inference keeps them in."""
+    return param.detach().to_dense() if param.is_mkldnn else param.detach()
+
+
 def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     """The tensors of `model` under their canonical names, in the model's order; the reverse of `load`."""
     params = dict(model.named_parameters())
@@ -261,7 +266,7 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
         groups.setdefault(piece.disk, []).append(piece)
 
     def assemble(group: list[Piece]) -> Tensor:
-        parts = [p.view(params[p.param]).detach().cpu() for p in sorted(group, key=lambda p: p.disk_start)]
+        parts = [p.view(dense(params[p.param])).cpu() for p in sorted(group, key=lambda p: p.disk_start)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.T if group[0].transposed else whole).contiguous()
 

@@ -13,14 +13,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     `x` `[..., dim]`, `weight` `[dim]`. The statistics are float32 (float64 for float64 input), the result
     has x's dtype.
     """
+    if not offset:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)  # PyTorch's own takes float32 statistics too
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    if offset:
-        return (y * (weight.to(wide) + offset)).to(x.dtype)
-    return y.to(x.dtype) * weight
+    return (y * (weight.to(wide) + offset)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension (Ba et al. 2016)."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`(rms_norm(total), total)` with `total = x + residual`, all `[..., dim]`."""
+    total = x + residual
+    return rms_norm(total, weight, eps, offset), total
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`(layer_norm(total), total)` with `total = x + residual`, all `[..., dim]`."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from taut.kernels.linear import block, linear, why_not_blocked
 
 
 class Embedding(nn.Module):
@@ -14,6 +18,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, dim, dtype=dtype))
         self.scale = scale
+        self._head: tuple[tuple[int, int], Tensor] | None = (
+            None  # version of the weight, and its blocked copy
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         x = F.embedding(ids, self.weight)
@@ -21,7 +28,23 @@ class Embedding(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[tokens, vocab]` of `hidden` `[tokens, dim]` with the same matrix (a tied head)."""
-        return F.linear(hidden, self.weight)
+        if self._head is not None and not torch.is_grad_enabled() and self._head[0] == self._version():
+            return linear(hidden, self._head[1])
+        return linear(hidden, self.weight)
+
+    def block(self) -> None:
+        """Keep a copy for `project` in the layout that the CPU reads fastest, if there is one: looking up
+        rows needs the dense matrix, so this costs its bytes once more."""
+        if why_not_blocked(self.weight) is None and (self._head is None or self._head[0] != self._version()):
+            self._head = (self._version(), block(self.weight))
+
+    def _version(self) -> tuple[int, int]:
+        """Changes whenever the weight does."""
+        return self.weight.data_ptr(), self.weight._version
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Embedding:
+        self._head = None
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from taut.kernels.linear import block, linear, why_not_blocked
 
 
 class Linear(nn.Module):
@@ -34,7 +36,32 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.weight.is_mkldnn and torch.is_grad_enabled():
+            self.unblock()
+        return linear(x, self.weight, self.bias)
+
+    def block(self) -> None:
+        """Keep the weight in the layout that the CPU reads fastest, if there is one for it. The parameter
+        stays the same object, and `unblock` restores the same bytes."""
+        if not self.weight.is_mkldnn and why_not_blocked(self.weight) is None:
+            self._swap(block(self.weight))
+
+    def unblock(self) -> None:
+        """Keep the weight dense, as training, saving and moving want it."""
+        if self.weight.is_mkldnn:
+            self._swap(self.weight.detach().to_dense())
+
+    def _swap(self, data: Tensor) -> None:
+        new = nn.Parameter(data, requires_grad=self.weight.requires_grad)
+        torch.utils.swap_tensors(self.weight, new)  # optimizers and hooks keep hold of the parameter
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        self.unblock()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.unblock()
+        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         parts = f", parts={dict(self.parts)}" if self.parts else ""

@@ -14,7 +14,7 @@ def read(r: Reader) -> ModelConfig:
     r.only("use_bidirectional_attention", False)
     bias = r.bool("attention_bias", False)
     # The first files said "gelu" and meant its tanh form, which transformers has used for them ever since.
-    act = activation(r, "hidden_activation", "hidden_act")
+    act = activation(r, "hidden_activation", "hidden_act", default="gelu_tanh")
     if not r.has("hidden_activation") and act == "gelu":
         act = "gelu_tanh"
     own = norm(r, offset=1.0)

@@ -23,7 +23,7 @@ def read(r: Reader) -> ModelConfig:
             "scale": r.float("query_pre_attn_scalar", 256.0) ** -0.5,
             "softcap": r.float("attn_logit_softcapping", None),
         },
-        act=activation(r, "hidden_activation", "hidden_act"),
+        act=activation(r, "hidden_activation", "hidden_act", default="gelu_tanh"),
         windows=windows(r, count, [("sliding_attention", "full_attention")[i % 2] for i in range(count)]),
     )
     r.ignore("cache_implementation")

@@ -58,7 +58,7 @@ def pre_norm_layers(
     fields of every layer; `windows` and `ropes` give one value a layer; `act` stands for `hidden_act`."""
     count = r.int("num_hidden_layers")
     shared = heads(r) | (attn or {})
-    feed = Mlp(r.int("intermediate_size"), act or activation(r, "hidden_act"), **(mlp or {}))
+    feed = Mlp(r.int("intermediate_size"), act or activation(r, "hidden_act", default="silu"), **(mlp or {}))
     layers = []
     for index in range(count):
         own = dict(shared)

@@ -1,0 +1,170 @@
+"""The families' table: tiny random checkpoints, written by transformers, in every odd shape a family has.
+
+Adding a family adds entries here; every property in `test_families.py` is then tested for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+VOCAB = 131
+CONTEXT = 64
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny checkpoint: `name` is shown by pytest, `family` the transformers class prefix."""
+
+    name: str
+    family: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __hash__(self) -> int:  # options is a dict; names are unique
+        return hash(self.name)
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **parameters}}
+
+
+_LONG = {"short_factor": [1.0, 1.1, 1.3, 1.2], "long_factor": [1.5, 2.0, 4.0, 7.0]}
+
+CASES = [
+    Case("llama", "Llama"),
+    Case("llama-one-kv-head", "Llama", {"num_key_value_heads": 1}),
+    Case("llama-no-grouping", "Llama", {"num_key_value_heads": 6}),
+    Case("llama-wide-heads", "Llama", {"head_dim": 20}),
+    Case("llama-biases", "Llama", {"attention_bias": True, "mlp_bias": True}),
+    Case("llama-tied", "Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    Case("llama-gelu", "Llama", {"hidden_act": "gelu_new"}),
+    Case("llama-rope-linear", "Llama", _rope("linear", factor=3.0)),
+    Case("llama-rope-dynamic", "Llama", _rope("dynamic", factor=2.0) | {"max_position_embeddings": 16}),
+    Case(
+        "llama-rope-llama3",
+        "Llama",
+        _rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    Case("llama-rope-yarn", "Llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    Case(
+        "llama-rope-yarn-mscale",
+        "Llama",
+        _rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            mscale=0.7,
+            mscale_all_dim=0.4,
+            beta_fast=16,
+            beta_slow=2,
+            truncate=False,
+        ),
+    ),
+    Case("llama-rope-longrope", "Llama", _rope("longrope", original_max_position_embeddings=32, **_LONG)),
+    Case("mistral-window", "Mistral", {"sliding_window": 5}),
+    Case("mistral-no-window", "Mistral", {"sliding_window": None, "head_dim": 12}),
+    Case("qwen2", "Qwen2"),
+    Case(
+        "qwen2-upper-windows",
+        "Qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("qwen3", "Qwen3", {"head_dim": 20}),
+    Case("qwen3-biases-tied", "Qwen3", {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 8}),
+    Case("smollm3", "SmolLM3", {"no_rope_layer_interval": 2}),
+    Case(
+        "smollm3-windows",
+        "SmolLM3",
+        {
+            "no_rope_layer_interval": 3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("gemma", "Gemma", {"head_dim": 16, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    Case("gemma-biases", "Gemma", {"head_dim": 8, "attention_bias": True}),
+    Case(
+        "gemma2",
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 30, "tie_word_embeddings": True},
+    ),
+    Case(
+        "gemma2-no-caps",
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 64,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+        },
+    ),
+    Case("phi3", "Phi3", {"sliding_window": None}),
+    Case("phi3-window-partial", "Phi3", {"sliding_window": 5} | _rope("default", partial_rotary_factor=0.75)),
+    Case(
+        "phi3-longrope",
+        "Phi3",
+        _rope("longrope", **_LONG) | {"original_max_position_embeddings": 32},
+    ),
+]
+
+
+@functools.cache
+def checkpoint(case: Case) -> Path:
+    """Folder of the case's checkpoint in float32, weights drawn wide enough that every one matters."""
+    config = getattr(transformers, f"{case.family}Config")(**{**TINY, **case.options})
+    torch.manual_seed(len(case.name))
+    model = getattr(transformers, f"{case.family}ForCausalLM")(config)
+    for name, param in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(param, -0.3, 0.3) if "gemma" in case.name else nn.init.uniform_(param, 0.7, 1.3)
+        else:
+            nn.init.normal_(param, std=0.15)
+    folder = Path(tempfile.mkdtemp(prefix="taut-families-")) / case.name
+    model.save_pretrained(folder)
+    return folder
+
+
+def oracle(
+    case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> transformers.PreTrainedModel:
+    """The case's model in transformers, with its eager attention."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint(case), dtype=dtype, attn_implementation="eager"
+    ).to(device)

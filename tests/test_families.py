@@ -1,0 +1,202 @@
+"""What every family must pass, from the table in `families.py`, on the CPU and, marked `gpu`, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taut import AutoModelForCausalLM, weights
+from taut.models import families, family
+from tests.families import CASES, CONTEXT, VOCAB, Case, checkpoint, oracle
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+LENGTHS = (9, 1, 23, 14)
+
+
+def rows(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def padded(prompts: list[list[int]], side: str, device: str) -> dict[str, torch.Tensor]:
+    width = max(map(len, prompts)) + 1  # a column that is padding in every row
+    ids, mask = torch.zeros(len(prompts), width, dtype=torch.int64), torch.zeros(len(prompts), width)
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[row, place] = torch.tensor(prompt)
+        mask[row, place] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def alone(model, prompt: list[int], device: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([prompt], device=device)).logits[0].float().cpu()
+
+
+def load(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, **options):
+    return AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=dtype, device=device, **options)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, bound: float = 1e-4) -> None:
+    assert torch.isfinite(got).all()
+    assert (got - want).abs().max() <= bound * want.abs().max()
+
+
+def test_every_family_is_in_the_table():
+    assert {load(case).config.model_type for case in CASES} == set(families())
+
+
+@every_device
+@every_case
+def test_logits_equal_the_oracle_alone_and_padded(case, device):
+    model, reference = load(case, device), oracle(case, device=device)
+    prompts = rows(*LENGTHS)
+    want = [alone(reference, prompt, device) for prompt in prompts]
+    for side in ("left", "right"):
+        inputs = padded(prompts, side, device)
+        with torch.no_grad():
+            got = model(**inputs).logits.cpu()
+        for row, mask, expected in zip(got, inputs["attention_mask"].cpu().bool(), want, strict=True):
+            close(row[mask], expected)
+            assert (row[~mask] == 0).all()
+
+
+@every_case
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_every_attention_implementation_agrees(case, implementation):
+    if implementation == "sdpa" and case.name == "gemma2":
+        pytest.skip("scaled_dot_product_attention has no soft-cap")
+    prompt = rows(30)[0]
+    close(
+        alone(load(case, attn_implementation=implementation), prompt, "cpu"), alone(load(case), prompt, "cpu")
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+@every_case
+def test_half_precision_rounds_no_worse_than_twice_the_oracle(case, device, dtype):
+    model, reference = load(case, device, dtype), oracle(case, dtype, device)
+    exact = oracle(case)
+    ours, theirs = [], []
+    for prompt in rows(9, 14, 17, 23, 30):
+        want = alone(exact, prompt, "cpu")
+        ours.append((alone(model, prompt, device) - want).square().mean())
+        theirs.append((alone(reference, prompt, device) - want).square().mean())
+    assert sum(ours) ** 0.5 <= 2 * sum(theirs) ** 0.5
+
+
+@every_device
+@every_case
+def test_prefill_and_decode_equal_the_full_pass(case, device):
+    # Within the trained context of the dynamic scaling, whose angles change with every token beyond it.
+    prompts, new = rows(6, 1, 8), 8
+    if "longrope" in case.name:
+        prompts = rows(28, 1, 30)  # rows that pass the trained context while they decode
+    model = load(case, device)
+    out = model.generate(
+        **padded(prompts, "left", device),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    for row, prompt in enumerate(prompts):
+        made = out.sequences[row, -new:].tolist()
+        for step, logits in enumerate(out.logits):  # longrope turns every key anew past its boundary
+            full = alone(model, prompt + made[:step], device)[-1]
+            close(logits[row].float().cpu(), full)
+            assert full.argmax().item() == made[step]  # the engine's greedy tokens are the plain loop's
+
+
+@every_case
+def test_generate_equals_the_oracles(case):
+    # transformers keeps longrope's keys from before the boundary except in Phi-3; stay within it.
+    inputs = {"input_ids": torch.tensor(rows(11)), "attention_mask": torch.ones(1, 11)}
+    model, reference = load(case), oracle(case)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = reference.generate(**inputs, **options)
+    assert model.generate(**inputs, **options).tolist() == want.tolist()
+
+
+@every_case
+def test_save_is_byte_identical_and_transformers_reads_it(case, tmp_path):
+    import transformers
+
+    model = load(case)
+    model.save_pretrained(tmp_path / "once")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "once", dtype=torch.float32)
+    again.save_pretrained(tmp_path / "twice", max_shard_size="40KB")
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", dtype=torch.float32)
+    third.save_pretrained(tmp_path / "third")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "third" / name).read_bytes()
+    assert len(list((tmp_path / "twice").glob("*.safetensors"))) > 1
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "twice", attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    close(alone(model, rows(19)[0], "cpu"), alone(theirs, rows(19)[0], "cpu"))
+
+
+@every_case
+def test_every_config_key_is_accounted_for(case):
+    assert load(case).config.unused == ()
+
+
+@every_device
+@every_case
+def test_loss_and_gradients_equal_the_oracle(case, device):
+    model, reference = load(case, device), oracle(case, device=device)
+    inputs = padded(rows(*LENGTHS), "right", device)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[2, 4:9] = -100
+    if "dynamic" in case.name or "longrope" in case.name:  # theirs turn by the batch's longest row
+        inputs = {k: v[2:3, :23] for k, v in inputs.items()}
+        labels = labels[2:3, :23]
+    ours, theirs = model(**inputs, labels=labels), reference(**inputs, labels=labels)
+    close(ours.loss.detach(), theirs.loss.detach(), 1e-5)
+    ours.loss.backward()
+    theirs.loss.backward()
+    want = {name: param.grad.cpu() for name, param in reference.named_parameters()}
+    # Some gradients are zero but for rounding: a key bias where nothing rotates moves no weight.
+    floor = 1e-4 * max(grad.abs().max() for grad in want.values())
+    seen = set()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(param.grad)  # so that `store` gives gradients under the oracle's names
+        for tensor in weights.store(model, family(model.config.model_type).RULES):
+            seen.add(tensor.name)
+            grad, expected = tensor.read().cpu(), want[tensor.name]
+            assert (grad - expected).abs().max() <= 2e-4 * max(expected.abs().max(), floor)
+    assert seen == set(want)
+
+
+@every_case
+def test_hidden_states_equal_the_oracle(case):
+    ids = torch.tensor(rows(12))
+    with torch.no_grad():
+        ours = load(case)(ids, output_hidden_states=True).hidden_states
+        theirs = oracle(case)(ids, output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs)
+    for got, want in zip(ours, theirs, strict=True):
+        close(got, want)
+
+
+def test_lengths_pass_the_boundaries_they_are_meant_to():
+    """The cases' windows and rope boundaries lie inside the prompts that the tests above use."""
+    assert max(LENGTHS) < CONTEXT
+    window = next(load(c) for c in CASES if c.name == "mistral-window")
+    assert all(layer.attn.window == 5 for layer in window.config.layers)
+    assert 30 < next(load(c) for c in CASES if c.name == "phi3-longrope").config.rope_boundary < 38
