@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taut.kernels.norm import rms_norm
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn feature pairs `(i, i + dim / 2)` of each head by their token's angle (Su et al. 2021).
@@ -17,3 +19,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
     turned, rest = x[..., :dim], x[..., dim:]
     return torch.cat((torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin), rest), -1)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+) -> Tensor:
+    """Norm and rotate the query and key heads of a fused projection and write keys and values to the cache.
+
+    `qkv` `[tokens, (heads + 2 * kv_heads) * head_dim]`: query, key, then value heads. `cos`, `sin` as
+    `rotate` takes them, None for no rotation. `keys`, `values` `[pages, page_size, kv_heads, head_dim]` are
+    written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is not written). `q_weight`,
+    `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps` and `offset`. Gives the
+    queries, `[tokens, heads, head_dim]`.
+    """
+    split = qkv.unflatten(-1, (heads + 2 * kv_heads, keys.shape[-1]))
+    q, k, v = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps, offset), rms_norm(k, k_weight, eps, offset)
+    if cos is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    kept = slots >= 0
+    keys.flatten(0, 1).index_copy_(0, slots[kept], k[kept])
+    values.flatten(0, 1).index_copy_(0, slots[kept], v[kept])
+    return q.contiguous()

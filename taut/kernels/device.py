@@ -1,0 +1,32 @@
+"""What launches need to know of a device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 132 (an H100's) elsewhere, so that the interpreter runs
+    the grids that a GPU would."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels may start before the one ahead of them has ended (programmatic dependent launch):
+    from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keywords of a kernel that calls `griddepcontrol` under its constexpr `PDL`.
+
+    Every program of such a kernel waits for its predecessor before it touches what others write, and before
+    it ends, so that completion stays transitive along a chain of launches.
+    """
+    return {"PDL": True, "launch_pdl": True} if dependent_launch(device) else {"PDL": False}

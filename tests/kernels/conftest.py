@@ -1,0 +1,22 @@
+"""Kernels run in Triton's interpreter where there is no CUDA device; set before any kernel is decorated."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_with_bounds(tensor, scope):
+        """Loop bounds read on the device: the interpreter holds them as arrays of one element, which NumPy
+        2.4 no longer turns into integers by itself."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_with_bounds
