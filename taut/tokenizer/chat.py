@@ -1,4 +1,4 @@
-"""Turns a conversation into text through a chat template: checks the messages, renders, continues the last one."""
+"""Turns a conversation into text through a chat template: checks the messages, renders them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import CodeType
 from typing import Any
 
 from taut.errors import TokenizerError, nearest
+from taut.tokenizer.checks import show
 from taut.tokenizer.template import plain, render_template
 from taut.tokenizer.tools import tool_schema
 
@@ -36,8 +37,8 @@ def choose_template(templates: str | Mapping[str, str] | None, wanted: str | Non
         if not source:
             raise TokenizerError(
                 "this tokenizer has no chat template (none in tokenizer_config.json, chat_template.jinja, "
-                "additional_chat_templates/ or GGUF metadata); pass chat_template=, or set tokenizer.chat_template, "
-                "or tokenize the prompt as plain text"
+                "additional_chat_templates/ or GGUF metadata); pass chat_template=, set "
+                "tokenizer.chat_template, or tokenize the prompt as plain text"
             )
         return source
     if wanted is not None:
@@ -47,8 +48,8 @@ def choose_template(templates: str | Mapping[str, str] | None, wanted: str | Non
     if "default" in templates:
         return templates["default"]
     raise TokenizerError(
-        f"this tokenizer has several chat templates and none called 'default'; pass chat_template= with one of: "
-        f"{', '.join(sorted(templates))}"
+        "this tokenizer has several chat templates and none called 'default'; "
+        f"pass chat_template= with one of: {', '.join(sorted(templates))}"
     )
 
 
@@ -57,7 +58,8 @@ def split_batch(conversation: Any) -> tuple[list[Any], bool]:
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise TokenizerError(
-            f"a conversation is a non-empty list of messages, {{'role': ..., 'content': ...}}; got {_show(conversation)}"
+            "a conversation is a non-empty list of messages, {'role': ..., 'content': ...}; "
+            f"got {show(conversation)}"
         )
     batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
     conversations = [getattr(one, "messages", one) for one in conversation] if batched else [conversation]
@@ -83,7 +85,7 @@ def render_chat(
     """
     if want_spans and not _GENERATION.search(source):
         raise TokenizerError(
-            "return_assistant_tokens_mask needs a chat template with {% generation %} blocks; this one has none"
+            "return_assistant_tokens_mask needs a chat template with {% generation %} blocks"
         )
     messages = _messages(conversation)
     field, ending = "", ""
@@ -108,7 +110,7 @@ def render_chat(
 
 def _messages(conversation: Any) -> list[dict[str, Any]]:
     if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise TokenizerError(f"a conversation is a non-empty list of messages; got {_show(conversation)}")
+        raise TokenizerError(f"a conversation is a non-empty list of messages; got {show(conversation)}")
     messages = []
     for index, given in enumerate(conversation):
         try:
@@ -117,7 +119,7 @@ def _messages(conversation: Any) -> list[dict[str, Any]]:
             raise TokenizerError(f"message {index} contains itself") from error
         if not isinstance(message, dict):
             raise TokenizerError(
-                f"message {index} must be a dict with 'role' and 'content', not {_show(given)}; "
+                f"message {index} must be a dict with 'role' and 'content', not {show(given)}; "
                 "a plain prompt is [{'role': 'user', 'content': prompt}]"
             )
         # A null is what some servers send for "absent"; templates would print it as the word None.
@@ -134,7 +136,7 @@ def _check_message(index: int, message: dict[str, Any]) -> None:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise TokenizerError(
-            f"message {index} needs a 'role' such as 'system', 'user' or 'assistant'; it has {_show(role)}"
+            f"message {index} needs a 'role' such as 'system', 'user' or 'assistant'; it has {show(role)}"
             f"{'' if 'role' in message else nearest('role', map(str, message))}"
         )
     if content is None:
@@ -148,7 +150,7 @@ def _check_message(index: int, message: dict[str, Any]) -> None:
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, (str, dict)) for part in content):
         raise TokenizerError(
             f"message {index} ({role}): 'content' must be a string or a list of parts "
-            f"like {{'type': 'text', 'text': ...}}, not {_show(content)}"
+            f"like {{'type': 'text', 'text': ...}}, not {show(content)}"
         )
 
 
@@ -176,8 +178,8 @@ def _cut_final(text: str, ending: str, field: str) -> str:
     place = text.rfind(_CONTINUE.strip())
     if place < 0 or ending.strip() not in text:
         raise TokenizerError(
-            f"continue_final_message: the chat template does not print the final message's {field!r} as it is, "
-            "so its end can't be found; use add_generation_prompt=True and send the beginning as a user message"
+            f"continue_final_message: the chat template does not print the final message's {field!r} as it "
+            "is, so its end can't be found; use add_generation_prompt=True instead"
         )
     exact = text.startswith(_CONTINUE, place)
     return text[:place] if exact else text[:place].rstrip()
@@ -185,7 +187,7 @@ def _cut_final(text: str, ending: str, field: str) -> str:
 
 def _sequence(name: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise TokenizerError(f"{name} must be a list, not {_show(value)}")
+        raise TokenizerError(f"{name} must be a list, not {show(value)}")
     return value
 
 
@@ -194,20 +196,11 @@ def _tool(tool: Any) -> dict[str, Any]:
         return dict(tool)
     if callable(tool):
         return tool_schema(tool)
-    raise TokenizerError(f"a tool is a JSON schema (a dict) or a function with type hints; got {_show(tool)}")
+    raise TokenizerError(f"a tool is a JSON schema (a dict) or a function with type hints; got {show(tool)}")
 
 
 def _documents(documents: Any) -> list[dict[str, Any]]:
     for document in _sequence("documents", documents):
         if not isinstance(document, Mapping):
-            raise TokenizerError(f"a document is a dict with 'title' and 'text'; got {_show(document)}")
+            raise TokenizerError(f"a document is a dict with 'title' and 'text'; got {show(document)}")
     return [plain(document) for document in documents]
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return (
-        f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-        if value is not None
-        else "None"
-    )

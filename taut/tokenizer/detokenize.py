@@ -22,8 +22,8 @@ class IncrementalDetokenizer:
     does not depend on how many came before it.
 
     What is held back depends on the tokenizer's decoder: with a byte-level one, the bytes of an unfinished
-    character; with byte fallback (`<0xE4>`), a run of byte tokens until it ends, since one invalid byte changes
-    the text of the whole run; with an unusual decoder whose text can change later, everything.
+    character; with byte fallback (`<0xE4>`), a run of byte tokens until it ends, since one invalid byte
+    changes the text of the whole run; with an unusual decoder whose text can change later, everything.
     Raises TokenizerError for an id that is not in the vocabulary.
     """
 
@@ -149,10 +149,10 @@ def _steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _looks_one_back(steps: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> bool:
-    """Whether decoding any tokens and then more gives the same text and then more, and what is added depends
-    on one token before it. (Byte fallback breaks the first until a run of bytes ends, and is allowed here.)"""
+    """Whether the text of some tokens begins the text of these and more, and what is added depends on one
+    token before it. (Byte fallback breaks the first until a run of bytes ends, and is allowed here.)"""
     fused = False
-    for index, step in enumerate(steps):
+    for step in steps:
         kind = step["type"]
         if kind == "Fuse":
             fused = True
@@ -205,8 +205,8 @@ class _Replacer:
 
 
 def byte_alphabet() -> str:
-    """The character that stands for each byte in a byte-level vocabulary, in the order of the bytes: printable
-    Latin-1 for itself, the rest from U+0100 on (Radford et al. 2019, the GPT-2 code)."""
+    """The character that stands for each byte in a byte-level vocabulary, in the order of the bytes:
+    printable Latin-1 for itself, the rest from U+0100 on (Radford et al. 2019, the GPT-2 code)."""
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

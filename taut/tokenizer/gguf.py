@@ -30,8 +30,8 @@ _SPECIAL_IDS = {
 def tokenizer_from_gguf(
     path: Path, metadata: Mapping[str, Any]
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The backend, and the settings of `Tokenizer` that the metadata gives (special tokens, BOS and EOS flags,
-    chat template). Raises TokenizerError for what is missing, malformed or not supported."""
+    """The backend, and the settings of `Tokenizer` that the metadata gives (special tokens, BOS and EOS
+    flags, chat template). Raises TokenizerError for what is missing, malformed or not supported."""
     data = _Metadata(path, metadata)
     tokens = data.list("ggml.tokens", str)
     if not tokens:
@@ -43,7 +43,7 @@ def tokenizer_from_gguf(
     model = data.get("ggml.model", str)
     if model not in _MODELS:
         raise TokenizerError(
-            f"{path}: tokenizer.ggml.model is {model!r}; known: {', '.join(_MODELS)}{nearest(str(model), _MODELS)}"
+            f"{path}: tokenizer.ggml.model is {model!r}; known: {', '.join(_MODELS)}{nearest(model, _MODELS)}"
         )
     backend, adds_bos = _MODELS[model](data, tokens, kinds)
     templates = {
@@ -101,19 +101,22 @@ class _Metadata:
 
 _Build = Callable[[], Any]
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 _QWEN2 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_QWEN35 = rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_QWEN35 = (
+    rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    rf"|{_SPACES}"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 _GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}?"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}?"
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
 _DEEPSEEK3 = (
@@ -143,21 +146,25 @@ class _Pre:
     nfc: bool = False
 
 
-# What each value of `tokenizer.ggml.pre` stands for: the pre-tokenizers of the models' own tokenizer.json files,
-# under llama.cpp's names.
+# What each value of `tokenizer.ggml.pre` stands for: the pre-tokenizers of the models' own tokenizer.json
+# files, under llama.cpp's names.
 _PRE = (
     _Pre(
-        ("default", "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "gigachat",
-         "roberta-bpe", "trillion", "granite-docling", "exaone4", "a.x-4.0", "mellum"),
+        ("default", "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais",
+         "gigachat", "roberta-bpe", "trillion", "granite-docling", "exaone4", "a.x-4.0", "mellum"),
         lambda: ByteLevel(add_prefix_space=False),
     ),
     _Pre(
         ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"),
         lambda: Steps([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
     ),
-    _Pre(("command-r",), lambda: Steps([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), nfc=True),
     _Pre(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+        ("command-r",),
+        lambda: Steps([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]), nfc=True,
+    ),
+    _Pre(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+         "jina-v5-nano"),
         _split(_LLAMA3), whole_first=True, adds_bos=True,
     ),
     _Pre(("smaug-bpe", "dbrx", "chatglm-bpe", "glm4"), _split(_LLAMA3)),
@@ -165,9 +172,18 @@ _PRE = (
     _Pre(("qwen35",), _split(_QWEN35), nfc=True),
     _Pre(("tekken",), _split(_TEKKEN), whole_first=True, adds_bos=True),
     _Pre(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _split(_GPT4O)),
-    _Pre(("deepseek-coder",), _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
-    _Pre(("deepseek-v3", "hunyuan-dense"), _split(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
-    _Pre(("bloom", "poro-chat", "gpt3-finnish"), _split(r" ?[^(\s|[.,!?…。，、।۔،])]+")),
+    _Pre(
+        ("deepseek-coder",),
+        _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\u0800-\u9FA5\uAC00-\uD7FF]+", r"\p{N}"),
+    ),
+    _Pre(
+        ("deepseek-v3", "hunyuan-dense"),
+        _split(r"\p{N}{1,3}", r"[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+", _DEEPSEEK3),
+    ),
+    _Pre(
+        ("bloom", "poro-chat", "gpt3-finnish"),
+        _split(r" ?[^(\s|[.,!?\u2026\u3002\uFF0C\u3001\u0964\u06D4\u060C])]+"),
+    ),
     _Pre(
         ("falcon",),
         lambda: Steps([

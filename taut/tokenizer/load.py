@@ -26,16 +26,12 @@ _SETTINGS = (
     "clean_up_tokenization_spaces", "split_special_tokens",
 )  # fmt: skip
 _OPTIONS = (*_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens")
-_IGNORED = (
-    "use_fast",
-    "trust_remote_code",
-    "legacy",
-    "torch_dtype",
-    "dtype",
-)  # no meaning here; part of many programs
+# Without meaning here, but part of many programs.
+_IGNORED = ("use_fast", "trust_remote_code", "legacy", "torch_dtype", "dtype")
 
 _BERT = {
-    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]",
+    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
 }  # fmt: skip
 _ROBERTA = {
     "bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>",
@@ -44,8 +40,8 @@ _ROBERTA = {
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}
 _WITH_TYPES = ("input_ids", "token_type_ids", "attention_mask")
 
-# What the class named in tokenizer_config.json implies where the files say nothing; a token counts only if the
-# vocabulary has it.
+# What the class named in tokenizer_config.json implies where the files say nothing; a token counts only if
+# the vocabulary has it.
 _CLASSES: dict[str, dict[str, Any]] = {
     "BertTokenizer": {**_BERT, "model_input_names": _WITH_TYPES},
     "CodeLlamaTokenizer": _LLAMA,
@@ -53,7 +49,8 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "DebertaTokenizer": {**_BERT, "model_input_names": _WITH_TYPES},
     "DebertaV2Tokenizer": {**_BERT, "model_input_names": _WITH_TYPES},
     "GemmaTokenizer": {
-        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>", "padding_side": "left",
+        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "padding_side": "left",
     },
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "LlamaTokenizer": _LLAMA,
@@ -125,7 +122,7 @@ def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         backend = _read_backend(folder / TOKENIZER)
         implied = _from_backend(backend)
         if name == "LlamaTokenizer" and type(backend.decoder).__name__ == "ByteLevel":
-            name = ""  # Llama 3 and others: the class is named after the model and says nothing about the tokenizer
+            name = ""  # Llama 3 and others: the class named is the model's, the tokenizer is another
     else:
         backend, implied = _from_sentencepiece(folder, config, name)
     implied = {**_in_vocabulary(backend, _CLASSES.get(name, {})), **implied}

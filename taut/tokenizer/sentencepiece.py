@@ -1,7 +1,8 @@
 """Reads SentencePiece `.model` files and builds the same tokenizer on the `tokenizers` library.
 
-The file is a protobuf message (google/sentencepiece, src/sentencepiece_model.proto); the few fields needed are
-read from its wire format, without the protobuf or sentencepiece packages. GGUF files hold the same pieces.
+The file is a protobuf message (google/sentencepiece, src/sentencepiece_model.proto); the few fields needed
+are read from its wire format, without the protobuf or sentencepiece packages. GGUF files hold the same
+pieces.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Pieces:
 
 
 def read_sentencepiece(path: Path) -> Pieces:
-    """The model in a `.model` file. Raises TokenizerError when it is corrupt or of a kind without subwords."""
+    """The model in a `.model` file. Raises TokenizerError when it is corrupt, or neither unigram nor BPE."""
     try:
         message = _Message(path.read_bytes())
         pieces = [_piece(_Message(data)) for data in message.all(1)]

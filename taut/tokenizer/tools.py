@@ -129,8 +129,8 @@ def _type(name: str, argument: str, hint: Any) -> dict[str, Any]:
     if origin is dict:
         return {"type": "object", "additionalProperties": _type(name, argument, arguments[1])}
     raise TokenizerError(
-        f"tool {name}: the type hint of {argument!r}, {hint!r}, has no JSON schema; known: int, float, str, bool, "
-        "list, tuple, dict, Literal, Enum and unions of these; or pass the tool as a JSON schema"
+        f"tool {name}: the type hint of {argument!r}, {hint!r}, has no JSON schema; known: int, float, str, "
+        "bool, list, tuple, dict, Literal, Enum and unions of these; or pass the tool as a JSON schema"
     )
 
 
