@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from taut.checkpoint import Checkpoint, open_checkpoint
 from taut.cli.facts import Facts, human_bytes, human_count
-from taut.config import DTYPES, ModelConfig
-from taut.errors import RequestError, TautError
+from taut.config import ModelConfig
+from taut.errors import TautError
 from taut.hub import default_model, resolve
+from taut.modeling import _device, _dtype
 from taut.models import read_config
+from taut.tokenizer import AutoTokenizer
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 
@@ -89,8 +96,6 @@ def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
 def tokenizer_facts(path: Path) -> dict[str, Any]:
     """Vocabulary size, special tokens and whether there is a chat template; `{"error": ...}` where the
     tokenizer's files are missing or corrupt, which says nothing about the weights."""
-    from taut.tokenizer import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except TautError as error:
@@ -108,12 +113,10 @@ def tokenizer_facts(path: Path) -> dict[str, Any]:
 def describe(path: Path, dtype: str) -> dict[str, Any]:
     """Everything `taut inspect` says of the checkpoint at `path`, as JSON-ready values. `RequestError`
     for an unknown `dtype`."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise RequestError(f"--dtype is {dtype!r}; known: auto, {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(path)
-    config = read_config(checkpoint.config)
+    config = read_config(checkpoint.config, f"{path}: config")
     stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values()).most_common()
-    loaded = DTYPES[dtype] if dtype != "auto" else config.dtype or (stored[0][0] if stored else torch.float32)
+    loaded = _dtype(dtype, config, checkpoint, _device("auto"))
     sizes = parts(checkpoint, loaded)
     per_token = kv_bytes_per_token(config, loaded)
     return {
@@ -166,11 +169,6 @@ def _layer_text(kind: dict[str, Any]) -> str:
 
 def show(facts: dict[str, Any]) -> None:
     """Prints `describe`'s result as tables."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console(highlight=False)
     config, memory, tokenizer = facts["config"], facts["memory_bytes"], facts["tokenizer"]
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -221,9 +219,6 @@ def run(
     model: str | None, *, dtype: str, revision: str | None, local_files_only: bool, as_json: bool
 ) -> None:
     """Prints what `model` is: tables, or one JSON object."""
-    import sys
-    from dataclasses import asdict
-
     path = resolve(model or default_model(), revision=revision, local_files_only=local_files_only)
     started = time.perf_counter()
     found = describe(path, dtype)
@@ -232,4 +227,5 @@ def run(
         print(json.dumps(found | {"facts": asdict(facts)}, indent=2))
         return
     show(found)
+    sys.stdout.flush()
     print(facts.line(), file=sys.stderr)

@@ -111,7 +111,7 @@ class Session:
 
     def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def raw_ids(self, text: str) -> list[int]:
         """Token ids of `text` as it is, with the special tokens that the tokenizer puts around a text."""
