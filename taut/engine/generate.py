@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from taut.engine.engine import Engine, token_bytes
-from taut.engine.generation import OPTIONS, GenerationConfig, check_known
+from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.prompts import read_prompts
 from taut.engine.request import Request
 from taut.engine.sampler import NothingLeft
 from taut.engine.stream import RowText, StopRow, Stream, reason
 from taut.engine.streamers import Streamer
-from taut.errors import RequestError, nearest
+from taut.errors import RequestError
 
 # Rows that `generate` runs at a time at most: each needs a row of logits.
 MAX_ROWS = 256
@@ -38,6 +38,10 @@ REFUSED: Mapping[str, str] = {
     "past_key_values": "the cache is made and freed by each call; pass the whole prompt as input_ids",
     "position_ids": "positions follow from attention_mask; leave position_ids out",
 }
+ARGUMENTS = (
+    "input_ids", "inputs", "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
+    "prefix_allowed_tokens_fn", "streamer", "tokenizer",
+)  # fmt: skip
 IGNORED = ("synced_gpus", "trust_remote_code", "use_model_defaults", "labels")
 
 
@@ -233,7 +237,6 @@ class _Call:
     requests: list[Request]
     config: GenerationConfig
     pad: int | None
-    vocab: int
 
     def collect(self) -> Tensor | GenerateOutput:
         longest = max(len(request.output) for request in self.requests)
@@ -304,7 +307,6 @@ def _prepare(
         options["seed"] = seed
     config = _config(model, generation_config, options)
 
-    vocab, context = model.config.vocab_size, model.config.context
     pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else None
     if inputs is None:
         if config.bos_token_id is None:
@@ -318,7 +320,7 @@ def _prepare(
         attention_mask,
         pad=pad,
         ends=config.eos_token_ids,
-        vocab=vocab,
+        vocab=model.config.vocab_size,
         device=torch.device(model.device),
     )
 
@@ -334,12 +336,10 @@ def _prepare(
             f"stop_strings={list(config.stops)} are matched on text. Next step: pass tokenizer= to generate"
         )
     given = given.repeat_interleave(copies, dim=0)
-    processors, criteria = (
-        _listed("logits_processor", logits_processor),
-        _listed("stopping_criteria", stopping_criteria),
-    )
+    processors = _listed("logits_processor", logits_processor)
+    criteria = _listed("stopping_criteria", stopping_criteria)
     keep = bool(config.return_dict_in_generate)
-    width = given.shape[1]
+    width, context = given.shape[1], model.config.context
     requests = []
     for index, row_seed in enumerate(seeds):
         prompt = prompts[index // copies]
@@ -357,7 +357,7 @@ def _prepare(
                 keep_logits=keep and bool(config.output_logits),
             )
         )
-    return _Call(given, requests, config, pad, vocab)
+    return _Call(given, requests, config, pad)
 
 
 def _check_arguments(options: Mapping[str, Any]) -> None:
@@ -366,14 +366,7 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
             if value is not None:
                 raise RequestError(f"generate got {name}: {REFUSED[name]}")
         elif name not in IGNORED and name != "token_type_ids":
-            arguments = ("input_ids", "attention_mask", "tokenizer", "streamer", "stopping_criteria",
-                         "logits_processor", "generation_config", "prefix_allowed_tokens_fn")  # fmt: skip
-            try:
-                check_known(name, ())
-            except RequestError:
-                raise RequestError(
-                    f"generate got an unknown option {name!r}{nearest(name, (*OPTIONS, *arguments))}"
-                ) from None
+            check_known(name, (), also_near=ARGUMENTS)
 
 
 def _config(model: Any, given: Any, options: dict[str, Any]) -> GenerationConfig:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ class GenerationConfig:
                 f"{name} is {value!r}, which Taut does not support; without effect: "
                 f"{', '.join(map(repr, neutral))}. Supported: greedy decoding and sampling with "
                 "temperature, top_k, top_p, min_p, typical_p, penalties, bias and bad words. "
-                f"Next step: leave {name} out"
+                f"Next step: set {name}={neutral[-1]!r}"
             )
         if self.extra.get("cache_implementation") == "quantized":
             raise RequestError(
@@ -297,7 +297,11 @@ class GenerationConfig:
         return min(wanted, context - length)
 
     def sampling(self, max_new_tokens: int, width: int, seed: int) -> SamplingParams:
-        """The options of one row of `width` prompt tokens (padding included), as the engine takes them."""
+        """The options of one row of `width` prompt tokens (padding included), as the engine takes them.
+
+        Raises `RequestError` for options that Taut does not support.
+        """
+        self.require_supported()
         single = {ids[0]: bias for ids, bias in _sequences(self.sequence_bias).items() if len(ids) == 1}
         for token, bias in (self.logit_bias or {}).items():
             single[token] = single.get(token, 0.0) + bias
@@ -329,12 +333,13 @@ class GenerationConfig:
 OPTIONS: tuple[str, ...] = tuple(option.name for option in fields(GenerationConfig) if option.name != "extra")
 
 
-def check_known(name: str, also: Sequence[str] | Mapping[str, Any]) -> None:
-    """Raises `RequestError` with the nearest names unless `name` is an option of Taut or transformers, or
-    one of `also`."""
+def check_known(name: str, also: Collection[str], also_near: Collection[str] = ()) -> None:
+    """Raises `RequestError` unless `name` is an option of Taut or transformers, or one of `also`; it names
+    the nearest of these and of `also_near`."""
     if name in OPTIONS or name in UNSUPPORTED or name in WITHOUT_EFFECT or name in also:
         return
-    raise RequestError(f"unknown generation option {name!r}{nearest(name, (*OPTIONS, *UNSUPPORTED, *also))}")
+    close = nearest(name, (*OPTIONS, *UNSUPPORTED, *also, *also_near))
+    raise RequestError(f"unknown generation option {name!r}{close}")
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -95,16 +95,19 @@ def _padded(
 
 def _rows(inputs: Any) -> list[list[int]]:
     """Lists of token ids, one a row; one flat list is one row."""
-    try:
-        rows = [inputs] if inputs and all(isinstance(item, int) for item in inputs) else inputs
-        rows = [[token for token in row] for row in rows]  # noqa: C416 -- rows may be tensors
-        rows = [[int(token) if isinstance(token, Tensor) else token for token in row] for row in rows]
-    except TypeError:
-        rows = [[None]]
+    if isinstance(inputs, str) or not hasattr(inputs, "__iter__"):
+        hint = ". Next step: tokenize the text" if isinstance(inputs, str) else ""
+        raise RequestError(
+            f"input_ids is a {type(inputs).__name__}; expected a tensor or lists of token ids{hint}"
+        )
+    rows = list(inputs)
+    if rows and all(isinstance(item, int) for item in rows):
+        rows = [rows]
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
     for row in rows:
+        if not isinstance(row, (list, tuple)):
+            raise RequestError(f"input_ids holds {row!r}; expected lists of token ids, one a row")
         for token in row:
             if not isinstance(token, int) or isinstance(token, bool):
-                what = type(inputs).__name__ if token is None else f"a list that holds {token!r}"
-                hint = "; next step: tokenize the text first" if isinstance(inputs, str) else ""
-                raise RequestError(f"input_ids is {what}; expected a tensor or lists of token ids{hint}")
-    return rows
+                raise RequestError(f"input_ids holds {token!r}; expected token ids, which are integers")
+    return [list(row) for row in rows]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor
 from taut.engine.engine import Engine
 from taut.engine.generation import StopMatcher
 from taut.engine.request import Request
-from taut.tokenizer import IncrementalDetokenizer
+from taut.engine.streamers import detokenizer
 
 
 class RowText:
     """A row's text as its tokens come, up to the first stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], skip_special_tokens: bool = True) -> None:
-        self._pieces = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._pieces = detokenizer(tokenizer, skip_special_tokens)
         self._matcher = StopMatcher(stops)
 
     @property
@@ -64,16 +65,16 @@ def reason(request: Request) -> str | None:
 class Stream:
     """One row as it is generated: an iterator of text or token ids, see `stream`.
 
-    `tokens`: ids so far. `finish_reason`: None until the end. `close()` (or `aclose()`, or leaving a
-    `with` block) cancels the row, frees its pages and drops the cache.
+    `tokens`: ids so far. `finish_reason`: None until the end. `close()` (or `aclose()`, leaving a `with`
+    block, or dropping the stream) cancels the row, frees its pages and drops the cache.
     """
 
     def __init__(self, engine: Engine, request: Request, text: RowText | None) -> None:
         self.request = request
-        self._engine: Engine | None = engine
+        self._engine: Engine | None = engine  # None once closed
         self._text = text
-        self._pieces: Iterator[str | int] | None = None
-        self._later: AsyncIterator[str | int] | None = None
+        self._pieces: Generator[str | int] | None = None
+        self._later: AsyncGenerator[str | int] | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -87,28 +88,44 @@ class Stream:
         return self
 
     def __next__(self) -> str | int:
+        if self._engine is None:
+            raise StopIteration
         if self._pieces is None:
-            self._pieces = self._run()
-        return next(self._pieces)
+            self._pieces = _pieces(self._engine, self.request, self._text)
+        try:
+            return next(self._pieces)
+        except BaseException:  # the end, an error or an interrupt
+            self.close()
+            raise
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> str | int:
+        if self._engine is None:
+            raise StopAsyncIteration
         if self._later is None:
-            self._later = self._arun()
-        return await anext(self._later)
+            self._later = _later(self._engine, self.request, self._text)
+        try:
+            return await anext(self._later)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Cancels the row if it is not finished; the iterator then ends."""
+        """Cancels the row if it is not finished; the iterator then ends. From any thread."""
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.cancel(self.request)
+            engine.cancel(self.request)  # waits for a step that is under way in another thread
+            self._pieces = self._later = None
 
     async def aclose(self) -> None:
-        """`close` for an event loop: waits for the step that is under way."""
-        if self._later is not None:
-            await self._later.aclose()
+        """`close` for an event loop, which stays free while a step is under way."""
+        engine, later = self._engine, self._later
+        if later is not None:
+            await later.aclose()
+        if engine is not None:
+            await asyncio.get_running_loop().run_in_executor(None, engine.cancel, self.request)
         self.close()
 
     def __enter__(self) -> Stream:
@@ -126,40 +143,35 @@ class Stream:
     def __del__(self) -> None:
         self.close()
 
-    def _run(self) -> Iterator[str | int]:
-        if self._engine is None:
-            return
-        try:
-            for token in self._engine.stream(self.request):
-                yield from self._show(token)
-                if self._engine is None:
-                    return
-            yield from self._rest()
-        finally:
-            self.close()
 
-    async def _arun(self) -> AsyncIterator[str | int]:
-        if self._engine is None:
-            return
-        tokens = self._engine.astream(self.request)
-        try:
-            async for token in tokens:
-                for piece in self._show(token):
-                    yield piece
-                if self._engine is None:
-                    return
-            for piece in self._rest():
+# Functions, not methods: a generator that held its stream would keep it alive after its user left.
+
+
+def _pieces(engine: Engine, request: Request, text: RowText | None) -> Generator[str | int]:
+    for token in engine.stream(request):
+        yield from _shown(text, token)
+    yield from _rest(text)
+
+
+async def _later(engine: Engine, request: Request, text: RowText | None) -> AsyncGenerator[str | int]:
+    tokens = engine.astream(request)
+    try:
+        async for token in tokens:
+            for piece in _shown(text, token):
                 yield piece
-        finally:
-            await tokens.aclose()
-            self.close()
+        for piece in _rest(text):
+            yield piece
+    finally:
+        await tokens.aclose()
 
-    def _show(self, token: int) -> list[str | int]:
-        if self._text is None:
-            return [token]
-        shown = self._text.push(token)
-        return [shown] if shown else []
 
-    def _rest(self) -> list[str | int]:
-        rest = self._text.finish() if self._text is not None else ""
-        return [rest] if rest else []
+def _shown(text: RowText | None, token: int) -> list[str | int]:
+    if text is None:
+        return [token]
+    shown = text.push(token)
+    return [shown] if shown else []
+
+
+def _rest(text: RowText | None) -> list[str | int]:
+    rest = text.finish() if text is not None else ""
+    return [rest] if rest else []

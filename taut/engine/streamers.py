@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taut.engine.generation import StopMatcher
 from taut.errors import RequestError
-from taut.tokenizer import IncrementalDetokenizer
+from taut.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Streamer(Protocol):
@@ -51,7 +51,7 @@ class TextStreamer:
         self._start()
 
     def _start(self) -> None:
-        self._text = IncrementalDetokenizer(self.tokenizer, skip_special_tokens=self.skip_special_tokens)
+        self._text = detokenizer(self.tokenizer, self.skip_special_tokens)
         self._matcher = StopMatcher(self._stops)
         self._prompt_next = True
 
@@ -207,3 +207,13 @@ def _row(value: Tensor | Iterable[int]) -> list[int]:
     if value.ndim > 1 and value.shape[0] != 1:
         raise RequestError(f"a text streamer shows one row; it was given {value.shape[0]}")
     return value.flatten().tolist()
+
+
+def detokenizer(tokenizer: Any, skip_special_tokens: bool) -> IncrementalDetokenizer:
+    """One for `tokenizer`; raises `RequestError` unless that is a tokenizer of Taut."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise RequestError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected a tokenizer of Taut. Next step: load it "
+            "with taut.AutoTokenizer.from_pretrained"
+        )
+    return IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
