@@ -204,7 +204,7 @@ class Reader:
                 hint = nearest(key, self.data)
                 raise ConfigError(f"{self.source}: {key!r} is missing ({kind} expected){hint}")
             return default
-        if not isinstance(value, accept) or (isinstance(value, bool) and bool not in accept):
+        if not isinstance(value, accept) or (isinstance(value, bool) and not {bool, object} & {*accept}):
             raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected {kind}")
         return value
 

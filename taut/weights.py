@@ -137,9 +137,9 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
             if not (isinstance(module, Linear) and module.parts):
                 pieces.append(Piece(name, name, param.shape[0] if param.dim() else 1))
                 continue
-            parent, start = path.rpartition(".")[0], 0
+            beside, start = path[: path.rfind(".") + 1], 0
             for part, rows in module.parts.items():
-                pieces.append(Piece(f"{parent}.{part}.{kind}", name, rows, start))
+                pieces.append(Piece(f"{beside}{part}.{kind}", name, rows, start))
                 start += rows
     for rule in rules:
         pieces = rule.apply(pieces)
@@ -150,17 +150,14 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
 
 def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shape each disk tensor should have."""
-    rows: dict[str, int] = {}
-    tail: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     flipped: set[str] = set()
     for piece in pieces:
-        shape = tuple(params[piece.param].shape)
-        shape = shape if piece.index is None else shape[1:]
-        rows[piece.disk] = max(rows.get(piece.disk, 0), piece.disk_start + piece.rows)
-        tail[piece.disk] = shape[1:]
+        own = tuple(params[piece.param].shape)[piece.index is not None :]
+        rows = max(shapes.get(piece.disk, (0,))[0], piece.disk_start + piece.rows) if own else 0
+        shapes[piece.disk] = (rows, *own[1:]) if own else ()
         if piece.transposed:
             flipped.add(piece.disk)
-    shapes = {name: (rows[name], *tail[name]) for name in rows}
     return {name: shape[::-1] if name in flipped else shape for name, shape in shapes.items()}
 
 

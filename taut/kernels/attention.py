@@ -115,9 +115,10 @@ def _visible(queries: int, keys: int, scoring: Scoring, device: torch.device) ->
 
 
 def _alibi(queries: int, keys: int, slopes: Tensor) -> Tensor:
-    """ALiBi bias `[heads, queries, keys]` in float32."""
-    at = torch.arange(keys, device=slopes.device, dtype=torch.float32)
-    return slopes.float()[:, None, None] * (at - at[keys - queries :, None])
+    """ALiBi bias `[heads, queries, keys]` in float32, or float64 for such slopes."""
+    wide = torch.promote_types(slopes.dtype, torch.float32)
+    at = torch.arange(keys, device=slopes.device, dtype=wide)
+    return slopes.to(wide)[:, None, None] * (at - at[keys - queries :, None])
 
 
 def _reference(q, k, v, starts, longest, scoring, pages):
@@ -198,8 +199,9 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
             seen &= behind < scoring.window
         bias = seen[:, None, None]
         if scoring.slopes is not None:
-            slope = scoring.slopes.float().view(kv_heads, heads // kv_heads, 1)
-            bias = (slope * -behind[:, None, None].float()).masked_fill(~bias, float("-inf")).to(q.dtype)
+            slope = scoring.slopes.to(torch.promote_types(scoring.slopes.dtype, torch.float32))
+            bias = slope.view(kv_heads, -1, 1) * -behind[:, None, None]
+            bias = bias.masked_fill(~seen[:, None, None], float("-inf")).to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.view(rows, kv_heads, heads // kv_heads, dim), k, v, bias, scale=scoring.scale
     )

@@ -1,0 +1,121 @@
+"""Attention over packed rows against its definition, one query and one key at a time in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from taut.errors import RequestError
+from taut.kernels.attention import CANDIDATES, Pages, Scoring, attention, write_pages
+
+ROWS = (5, 1, 0, 17, 8)
+SCORINGS = {
+    "causal": Scoring(0.3),
+    "full": Scoring(0.3, causal=False),
+    "window": Scoring(0.3, window=4),
+    "window-of-one": Scoring(0.3, window=1),
+    "full-window": Scoring(0.3, causal=False, window=3),
+    "softcap": Scoring(0.9, softcap=0.7),
+    "alibi": Scoring(0.3, slopes=torch.tensor([0.5, 0.25, 0.125, 0.1, 0.01, 1.0], dtype=torch.float64)),
+    "alibi-window": Scoring(0.3, window=6, slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64)),
+    "everything": Scoring(1.1, window=7, softcap=1.3, slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64)),
+}
+
+
+def defined(q, k, v, s: Scoring):
+    """One row: `q` `[n, heads, dim]`, the last n of the m positions of `k`, `v` `[m, kv_heads, dim]`."""
+    n, heads, _ = q.shape
+    m, group = len(k), heads // k.shape[1]
+    out = torch.zeros_like(q)
+    for i in range(n):
+        at = m - n + i
+        for h in range(heads):
+            scores, values = [], []
+            for j in range(m):
+                if s.causal and j > at or s.window is not None and abs(at - j) >= s.window:
+                    continue
+                score = (q[i, h] @ k[j, h // group]) * s.scale
+                if s.softcap is not None:
+                    score = s.softcap * torch.tanh(score / s.softcap)
+                if s.slopes is not None:
+                    score = score + s.slopes[h] * (j - at)
+                scores.append(score)
+                values.append(v[j, h // group])
+            out[i, h] = torch.stack(scores).softmax(0) @ torch.stack(values)
+    return out
+
+
+def draw(kv_heads: int, requires_grad: bool = False):
+    generator = torch.Generator().manual_seed(kv_heads)
+    tokens = sum(ROWS)
+    return (
+        torch.randn(tokens, heads, 8, generator=generator, dtype=torch.float64, requires_grad=requires_grad)
+        for heads in (6, kv_heads, kv_heads)
+    )
+
+
+def bounds(counts) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def skip_what_it_refuses(name: str, q: torch.Tensor, scoring: Scoring) -> None:
+    if (why := CANDIDATES[name][0](q, scoring)) is not None:
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_own_keys_forward_and_backward(name, scoring, kv_heads):
+    q, k, v = draw(kv_heads, requires_grad=True)
+    skip_what_it_refuses(name, q, scoring)
+    starts = bounds(ROWS)
+    out = attention(q, k, v, starts, max(ROWS), scoring, only=(name,))
+    cut = starts.tolist()
+    want = torch.cat([defined(q[a:b], k[a:b], v[a:b], scoring) for a, b in zip(cut, cut[1:], strict=False)])
+    assert (out - want).abs().max() < 1e-10
+    weight = torch.randn_like(want)
+    got = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    expected = torch.autograd.grad((want * weight).sum(), (q, k, v))
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("new", [None, 1], ids=["chunks", "decode"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_cache_pages(name, scoring, kv_heads, new):
+    """Queries are the last of each row's keys; pages lie anywhere, and what rows don't own is poison."""
+    if not scoring.causal:
+        pytest.skip("a cache is for causal attention")
+    generator = torch.Generator().manual_seed(3)
+    lengths = [n for n in ROWS if n]
+    counts = [min(n, 1 + 3 * i) if new is None else new for i, n in enumerate(lengths)]
+    size, dim = 4, 8
+    need = [math.ceil(n / size) for n in lengths]
+    order = torch.randperm(sum(need) + 3, generator=generator).tolist()
+    cache = torch.full((2, len(order), size, kv_heads, dim), 7e5, dtype=torch.float64)
+    table = torch.zeros(len(lengths), max(need) + 1, dtype=torch.int32)
+    q = torch.randn(sum(counts), 6, dim, generator=generator, dtype=torch.float64)
+    want, at = [], 0
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        own = [order.pop() for _ in range(need[row])]
+        table[row] = torch.tensor(own + [own[0]] * (table.shape[1] - len(own)))
+        k, v = torch.randn(2, length, kv_heads, dim, generator=generator, dtype=torch.float64)
+        slots = torch.tensor([own[p // size] * size + p % size for p in range(length)])
+        write_pages(k, v, Pages(cache[0], cache[1], table, torch.tensor(lengths), max(lengths)), slots)
+        want.append(defined(q[at : at + count], k, v, scoring))
+        at += count
+    skip_what_it_refuses(name, q, scoring)
+    pages = Pages(cache[0], cache[1], table, torch.tensor(lengths, dtype=torch.int32), max(lengths))
+    out = attention(q, None, None, bounds(counts), max(counts), scoring, pages, only=(name,))
+    assert (out - torch.cat(want)).abs().max() < 1e-10
+
+
+def test_when_nothing_is_left_every_candidate_says_why():
+    q, k, v = draw(6)
+    with pytest.raises(RequestError, match=r"sdpa: .*no soft-cap \(asked: 2.0\).*eager: not among"):
+        attention(q, k, v, bounds(ROWS), max(ROWS), Scoring(1.0, softcap=2.0), only=("sdpa",))

@@ -1,0 +1,92 @@
+"""The strict Reader: every key is used, ignored by name or reported, and bad values are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taut.errors import ConfigError
+from taut.models import families, read_config
+
+GOOD = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+BAD = [
+    ({"model_type": "lama"}, r"'model_type' is 'lama', which Taut does not know; nearest: .*llama"),
+    ({"model_type": None}, r"'model_type' is missing"),
+    ({"hidden_size": None}, r"'hidden_size' is missing \(an integer expected\)"),
+    ({"hidden_size": "32"}, r"'hidden_size' is '32'; expected an integer"),
+    ({"hidden_size": True}, r"'hidden_size' is True; expected an integer"),
+    ({"hidden_size": 3.5}, r"'hidden_size' is 3.5; expected an integer >= 1"),
+    ({"num_hidden_layers": 0}, r"'num_hidden_layers' is 0; expected an integer >= 1"),
+    ({"num_key_value_heads": 3}, r"'num_key_value_heads' is 3, which does not divide 4"),
+    ({"hidden_act": "relu6"}, r"'hidden_act' is 'relu6'; known: .*silu"),
+    ({"rms_norm_eps": -1.0}, r"'rms_norm_eps' is -1.0; expected a number > 0"),
+    ({"torch_dtype": "int3"}, r"'dtype' is 'int3'; known: float32"),
+    ({"rope_scaling": {"type": "yarm", "factor": 2.0}}, r"'type' is 'yarm'; known: .*; nearest: yarn"),
+    ({"rope_parameters": {"rope_type": "linear"}}, r"'factor' is missing"),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        r"'short_factor' has 1 entries; expected 4",
+    ),
+    ({"partial_rotary_factor": 0.1}, r"would turn 0 of 8 features a head"),
+    ({"eos_token_id": ["a"]}, r"'eos_token_id' is \['a'\]; expected a token id"),
+    ({"model_type": "gemma", "use_bidirectional_attention": True}, r"is True, which is not supported"),
+    (
+        {"model_type": "qwen2", "layer_types": ["full_attention", "linear"]},
+        r"'layer_types'\[1\] is 'linear'; known: full_attention, sliding_attention",
+    ),
+    (
+        {"model_type": "gemma2", "sliding_window": None},
+        r"'layer_types'\[0\] is 'sliding_attention', but 'sliding_window' is missing",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(change) for change, _ in BAD])
+def test_bad_values_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(GOOD | change)
+
+
+def test_a_config_must_be_an_object():
+    with pytest.raises(ConfigError, match="expected a JSON object, got list"):
+        read_config([1])
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_the_least_a_config_must_say_is_enough_and_a_stray_key_is_reported(model_type):
+    needed = {"sliding_window": 8} if model_type == "gemma2" else {}
+    config = read_config(GOOD | needed | {"model_type": model_type, "flux": 1})
+    assert config.unused == ("flux",)
+    assert len(config.layers) == 2 and config.dim == 32
+    assert config.hidden_size == 32  # what config.json says, under its own name
+    with pytest.raises(AttributeError, match=r"no 'hiden_size'; nearest: hidden_size"):
+        config.hiden_size  # noqa: B018
+
+
+def test_older_and_newer_spellings_mean_the_same():
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 16}
+    old = GOOD | {
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "yarn", **scaling},
+        "torch_dtype": "bfloat16",
+    }
+    new = GOOD | {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, **scaling},
+        "dtype": "bfloat16",
+    }
+    assert read_config(old) == read_config(new)
+    assert read_config(old).dtype is torch.bfloat16 and read_config(old).unused == ()
+
+
+def test_unused_keys_of_a_section_are_reported_with_its_name():
+    config = read_config(GOOD | {"rope_parameters": {"rope_type": "default", "wobble": 2}})
+    assert config.unused == ("rope_parameters.wobble",)

@@ -1,0 +1,173 @@
+"""Rules map both ways, loading is all or nothing, and one error names everything that does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taut import weights
+from taut.errors import WeightsError
+from taut.layers.linear import Linear
+from taut.weights import Fused, Rename, Stacked, Transposed
+
+
+@dataclass
+class InMemory:
+    """A checkpoint tensor that records how it was read."""
+
+    tensor: Tensor
+    largest: int = 0
+
+    @property
+    def shape(self):
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self):
+        return self.tensor.dtype
+
+    def read(self, start=0, stop=None):
+        rows = self.tensor[start:stop] if self.tensor.dim() else self.tensor
+        self.largest = max(self.largest, rows.numel() * rows.element_size())
+        return rows.clone()
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(3, 5, 4))
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv_proj = Linear(4, {"q_proj": 6, "k_proj": 2, "v_proj": 2}, bias=True)
+        self.o_proj = Linear(6, 4)
+        self.experts = Experts()
+        self.norm = nn.LayerNorm(4)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.scale = nn.Parameter(torch.empty(()))
+
+
+RULES = (
+    Rename("h.{}.ln.weight", "layers.{}.norm.weight"),
+    Rename("h.{}.ln.bias", "layers.{}.norm.bias"),
+    Fused("layers.{}.attn_qkv", ("q_proj", "k_proj", "v_proj")),
+    Transposed("layers.{}.o_proj.weight"),
+    Stacked("layers.{}.experts.{}.w1", "layers.{}.experts.w1", 3),
+)
+
+
+def build() -> Model:
+    with torch.device("meta"):
+        return Model()
+
+
+def files(rules=RULES) -> dict[str, InMemory]:
+    """A checkpoint as `rules` say it looks, with values that tell every element apart."""
+    shapes = {
+        "scale": (),
+        **{f"layers.{i}.o_proj.weight": (6, 4) for i in range(2)},
+        **{f"layers.{i}.attn_qkv.weight": (10, 4) for i in range(2)},
+        **{f"layers.{i}.attn_qkv.bias": (10,) for i in range(2)},
+        **{f"layers.{i}.experts.{e}.w1": (5, 4) for i in range(2) for e in range(3)},
+        **{f"h.{i}.ln.{kind}": (4,) for i in range(2) for kind in ("weight", "bias")},
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {name: InMemory(torch.rand(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+# "layers.{}.qkv_proj" of the model is "layers.{}.attn_qkv" on disk; the parts' own names never show.
+def test_every_rule_loads_and_stores_the_same_tensors():
+    model, disk = build(), files()
+    weights.load(model, disk, RULES, dtype=torch.float32)
+    assert torch.equal(model.layers[1].o_proj.weight, disk["layers.1.o_proj.weight"].tensor.T)
+    assert torch.equal(model.layers[0].experts.w1[2], disk["layers.0.experts.2.w1"].tensor)
+    assert torch.equal(model.layers[0].qkv_proj.weight, disk["layers.0.attn_qkv.weight"].tensor)
+    stored = {tensor.name: tensor.read() for tensor in weights.store(model, RULES)}
+    assert stored.keys() == disk.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, disk[name].tensor), name
+
+
+def test_parts_have_their_own_names_without_rules():
+    names = [piece.disk for piece in weights.layout(build())]
+    assert "layers.0.q_proj.weight" in names and "layers.1.v_proj.bias" in names
+    assert not any("qkv" in name for name in names)
+
+
+def test_one_error_names_everything_and_nothing_is_loaded():
+    model, disk = build(), files()
+    del disk["h.1.ln.bias"]
+    disk["h.1.ln.bais"] = InMemory(torch.zeros(4))
+    disk["layers.0.experts.1.w1"] = InMemory(torch.zeros(4, 5))
+    with pytest.raises(WeightsError) as caught:
+        weights.load(model, disk, RULES, dtype=torch.float32)
+    message = str(caught.value)
+    assert "1 missing, 1 unexpected, 1 of another shape" in message
+    assert "missing: h.1.ln.bias [4]; nearest: h.1.ln.bais" in message
+    assert "unexpected: h.1.ln.bais [4]" in message
+    assert "layers.0.experts.1.w1: the file has [4, 5], the config asks for [5, 4]" in message
+    assert all(param.is_meta for param in model.parameters())
+
+
+def test_a_read_that_fails_leaves_nothing_half_loaded():
+    class Broken(InMemory):
+        def read(self, start=0, stop=None):
+            raise OSError("the disk went away")
+
+    model, disk = build(), files()
+    disk["h.1.ln.bias"] = Broken(torch.zeros(4))
+    with pytest.raises(OSError, match="the disk went away"):
+        weights.load(model, disk, RULES, dtype=torch.float32)
+    assert all(param.is_meta for param in model.parameters())
+
+
+def test_names_that_files_may_hold_are_ignored_only_by_pattern():
+    disk = files() | {"layers.0.rotary.inv_freq": InMemory(torch.zeros(2))}
+    weights.load(build(), disk, RULES, dtype=torch.float32, ignored=("*.inv_freq",))
+    with pytest.raises(WeightsError, match=r"unexpected: layers.0.rotary.inv_freq \[2\]"):
+        weights.load(build(), disk, RULES, dtype=torch.float32)
+
+
+def test_loading_casts_reads_in_slices_and_reports_bytes(monkeypatch):
+    monkeypatch.setattr(weights, "_SLICE_BYTES", 64)
+    model, disk, seen = build(), files(), []
+    weights.load(model, disk, RULES, dtype=torch.bfloat16, progress=lambda *at: seen.append(at))
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    sliced = [t for name, t in disk.items() if "o_proj" not in name]  # a transposed matrix is read whole
+    assert max(t.largest for t in sliced) <= 64
+    done, total = seen[-1]
+    assert done == total == sum(p.numel() for p in model.parameters()) * 2
+    assert [at for at, _ in seen] == sorted(at for at, _ in seen)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_blocked_weights_are_the_same_weights():
+    torch.manual_seed(0)
+    layer = Linear(32, {"a": 16, "b": 48}, bias=True, dtype=torch.bfloat16)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    before, x = layer.weight.detach().clone(), torch.randn(3, 32).bfloat16()
+    parameter, want = layer.weight, layer(x).detach()
+    layer.block()
+    if not layer.weight.is_mkldnn:
+        pytest.skip("this CPU has no bfloat16 dot products")
+    with torch.inference_mode():
+        got = layer(x)
+    assert (got.float() - want.float()).abs().max() <= 0.01 * want.float().abs().max()
+    stored = {tensor.name: tensor.read() for tensor in weights.store(nn.ModuleDict({"m": layer}))}
+    assert torch.equal(torch.cat((stored["a.weight"], stored["b.weight"])), before)
+    assert torch.equal(layer.state_dict()["weight"], before)  # dense again, and the same object
+    assert layer.weight is parameter
+    layer.block()
+    layer(x.requires_grad_()).sum().backward()  # a gradient makes it dense by itself
+    assert torch.equal(layer.weight, before) and layer.weight.grad is not None
