@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from taut.tokenizer import Tokenizer
 
@@ -24,3 +24,18 @@ def letters(characters: str | None = None) -> Tokenizer:
     backend.pre_tokenizer, backend.decoder = spelled, decoders.ByteLevel()
     special = {"eos_token": "<end>", "pad_token": "<pad>", "bos_token": "<bos>"}
     return Tokenizer(backend, special_tokens=special)
+
+
+def words(text: str, size: int = 400) -> Tokenizer:
+    """A byte-level BPE tokenizer of `size` tokens, trained on `text`."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<end>", "<pad>", "<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([text], trainer)
+    return Tokenizer(backend, special_tokens={"eos_token": "<end>", "pad_token": "<pad>"})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from taut.engine.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
 from taut.errors import RequestError
-from tests.engine.letters import letters
+from tests.engine.letters import letters, words
 
 
 class Collected(TextStreamer):
@@ -75,6 +75,33 @@ def test_a_stop_string_is_never_shown(new, stops):
         assert streamer.text == shortest[: len(shortest) - len(found)]
     else:
         assert streamer.text == new
+
+
+TEXT = "the theatre stops; the top stopper \N{GRINNING FACE}\N{ROCKET} stays at the station, 日本語の文 " * 8
+BPE = words(TEXT)
+
+
+@given(
+    tokens=st.lists(st.integers(0, BPE.vocab_size - 1), max_size=30),
+    places=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=3),
+)
+def test_stop_strings_across_tokens_of_any_length(tokens, places):
+    """Random tokens (characters of several tokens, tokens of several characters), stops cut out of their
+    own text: what is shown is the text up to the stop string that is complete first."""
+    text = BPE.decode(tokens, skip_special_tokens=True)
+    stops = [text[at : at + size] for at, size in places if text[at : at + size]]
+    streamer = Collected(BPE, skip_prompt=True)
+    streamer.stop_at(stops)
+    streamer.put([5])
+    for token in tokens:
+        streamer.put([token])
+    streamer.end()
+    ends = [text.find(stop) + len(stop) for stop in stops]
+    if not ends:
+        assert streamer.text == text
+    else:
+        upto = text[: min(ends)]
+        assert streamer.text == upto[: -max(len(stop) for stop in stops if upto.endswith(stop))]
 
 
 def test_a_streamer_can_be_used_again():
