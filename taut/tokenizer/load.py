@@ -17,7 +17,8 @@ from taut.hub import resolve
 from taut.tokenizer.gguf import tokenizer_from_gguf
 from taut.tokenizer.save import CONFIG, SPECIAL, TEMPLATE, TEMPLATES, TOKENIZER
 from taut.tokenizer.sentencepiece import build_sentencepiece, read_sentencepiece
-from taut.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from taut.tokenizer.tokenizer import Tokenizer
+from taut.tokenizer.vocabulary import SPECIAL_TOKENS
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 

@@ -147,16 +147,25 @@ class Tokenizer(Vocabulary):
         "only_first", "only_second", False; `max_length` alone truncates too. Without `max_length`, the
         longest length is `model_max_length`. Raises TokenizerError.
         """
-        options: dict[str, Any] = dict(  # noqa: C408
-            add_special_tokens=add_special_tokens, padding=padding, truncation=truncation,
-            max_length=max_length, stride=stride, is_split_into_words=is_split_into_words, pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side, return_tensors=return_tensors,
-            return_token_type_ids=return_token_type_ids, return_attention_mask=return_attention_mask,
-            return_overflowing_tokens=return_overflowing_tokens,
-            return_special_tokens_mask=return_special_tokens_mask,
-            return_offsets_mapping=return_offsets_mapping, return_length=return_length,
-            split_special_tokens=split_special_tokens, verbose=verbose,
-        )  # fmt: skip
+        options = {
+            "add_special_tokens": add_special_tokens,
+            "padding": padding,
+            "truncation": truncation,
+            "max_length": max_length,
+            "stride": stride,
+            "is_split_into_words": is_split_into_words,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "padding_side": padding_side,
+            "return_tensors": return_tensors,
+            "return_token_type_ids": return_token_type_ids,
+            "return_attention_mask": return_attention_mask,
+            "return_overflowing_tokens": return_overflowing_tokens,
+            "return_special_tokens_mask": return_special_tokens_mask,
+            "return_offsets_mapping": return_offsets_mapping,
+            "return_length": return_length,
+            "split_special_tokens": split_special_tokens,
+            "verbose": verbose,
+        }
         if text_target is None:
             return self._encode(text, text_pair, **options)
         labels = self._encode(text_target, None, **options)
@@ -202,8 +211,10 @@ class Tokenizer(Vocabulary):
                 encodings = self._backend.encode_batch(
                     inputs, is_pretokenized=is_split_into_words, add_special_tokens=add_special_tokens
                 )
-            except Exception as error:  # the Rust library raises plain exceptions
-                raise TokenizerError(f"the text can't be encoded: {error}") from error
+            except BaseException as error:  # the Rust library raises plain exceptions, and panics
+                if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                    raise TokenizerError(f"the text can't be encoded: {error}") from error
+                raise
         sample = list(range(len(encodings)))
         if return_overflowing_tokens:
             sample = [i for i, one in enumerate(encodings) for _ in (one, *one.overflowing)]
@@ -214,7 +225,7 @@ class Tokenizer(Vocabulary):
         if verbose and cut is None:
             self._warn_if_long(encodings)
         if return_tensors is None and not batched and not return_overflowing_tokens:
-            data = {key: rows[0] for key, rows in data.items()}
+            data = {k: rows[0] if rows and isinstance(rows[0], list) else rows for k, rows in data.items()}
         return BatchEncoding(data, encodings).convert_to_tensors(return_tensors)
 
     def _rows(

@@ -62,8 +62,9 @@ class Vocabulary:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The named special tokens that are set."""
-        return dict(self._special)
+        """The named special tokens that are set, those that every tokenizer can have first."""
+        names = [name for name in SPECIAL_TOKENS if name in self._special]
+        return {name: self._special[name] for name in dict.fromkeys([*names, *self._special])}
 
     @property
     def extra_special_tokens(self) -> list[str]:
@@ -75,7 +76,7 @@ class Vocabulary:
     @property
     def all_special_tokens(self) -> list[str]:
         """Named and extra special tokens, each once."""
-        return list(dict.fromkeys([*self._special.values(), *self._extra]))
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self._extra]))
 
     @property
     def all_special_ids(self) -> list[int]:
