@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -46,7 +48,7 @@ def test_positions_that_restart_mark_rows(positions, mask, starts):
         torch.ones_like(positions), None if mask is None else torch.tensor(mask), position_ids=positions
     )
     assert batch.starts.tolist() == starts
-    assert batch.longest == max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    assert batch.longest == max(b - a for a, b in itertools.pairwise(starts))
 
 
 def test_shapes_that_do_not_match_are_named():

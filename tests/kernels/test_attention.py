@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def defined(q, k, v, s: Scoring):
         for h in range(heads):
             scores, values = [], []
             for j in range(m):
-                if s.causal and j > at or s.window is not None and abs(at - j) >= s.window:
+                if (s.causal and j > at) or (s.window is not None and abs(at - j) >= s.window):
                     continue
                 score = (q[i, h] @ k[j, h // group]) * s.scale
                 if s.softcap is not None:
@@ -74,7 +75,7 @@ def test_own_keys_forward_and_backward(name, scoring, kv_heads):
     starts = bounds(ROWS)
     out = attention(q, k, v, starts, max(ROWS), scoring, only=(name,))
     cut = starts.tolist()
-    want = torch.cat([defined(q[a:b], k[a:b], v[a:b], scoring) for a, b in zip(cut, cut[1:], strict=False)])
+    want = torch.cat([defined(q[a:b], k[a:b], v[a:b], scoring) for a, b in itertools.pairwise(cut)])
     assert (out - want).abs().max() < 1e-10
     weight = torch.randn_like(want)
     got = torch.autograd.grad((out * weight).sum(), (q, k, v))
