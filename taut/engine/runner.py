@@ -31,6 +31,8 @@ class Runner:
 
     def __init__(self, model, page_size: int, num_pages: int):
         self.model, self.page_size, self.device = model, page_size, torch.device(model.device)
+        if prepare := getattr(model, "prepare_inference", None):
+            prepare()
         attentions = [layer.attn for layer in model.config.layers]
 
         def cache() -> tuple[Tensor, ...]:
