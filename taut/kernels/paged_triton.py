@@ -1,0 +1,414 @@
+"""Attention of a few queries a row over cache pages, split along the keys (Flash-Decoding, Dao et al. 2023).
+
+The heads that share a key head, times the queries of the row, are the rows of one tile, so that keys are
+read once. The keys of a row are cut into splits that separate programs take; the last of them to finish
+merges the parts. Lengths are read on the device and the grid depends on host bounds alone, so that a launch
+can be replayed from a CUDA graph while rows grow: splits without keys end at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from taut.errors import RequestError
+from taut.kernels.attention import Pages, Scoring
+from taut.kernels.device import launch_options, multiprocessors
+
+MAX_QUERIES = 16  # a row; more are a prefill
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _merge(
+    parts,
+    sums,
+    out,
+    begin,
+    offset,
+    limit,
+    kv_head,
+    heads,
+    used,
+    splits,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_R: tl.constexpr,
+    MERGE_S: tl.constexpr,
+):
+    """The attention of MERGE_R (query, head) pairs from the parts of their `used` splits."""
+    r = offset + tl.arange(0, MERGE_R)
+    live = r < limit
+    d = tl.arange(0, BLOCK_D)
+    pair = (begin + r // GROUP).to(tl.int64) * heads + kv_head * GROUP + r % GROUP
+    top = tl.full([MERGE_R], float("-inf"), tl.float32)
+    total = tl.zeros([MERGE_R], tl.float32)
+    acc = tl.zeros([MERGE_R, BLOCK_D], tl.float32)
+    for s0 in range(0, used, MERGE_S):
+        s = s0 + tl.arange(0, MERGE_S)
+        place = pair[None, :] * splits + s[:, None]  # [MERGE_S, MERGE_R]
+        kept = (s < used)[:, None] & live[None, :]
+        mass = tl.load(sums + place, mask=kept, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            parts + place[:, :, None] * DIM + d[None, None, :],
+            mask=kept[:, :, None] & (d < DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        peak = tl.maximum(top, tl.max(mass, 0))
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        fade = tl.exp2(top - base)
+        weights = tl.exp2(mass - base[None, :])
+        total = total * fade + tl.sum(weights, 0)
+        acc = acc * fade[:, None] + tl.sum(part * weights[:, :, None], 0)
+        top = peak
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def _decode(
+    q,
+    keys,
+    values,
+    table,
+    lengths,
+    starts,
+    slopes,
+    out,
+    parts,
+    sums,
+    counters,
+    scale,
+    softcap,
+    window,
+    least,
+    q_token,
+    q_head,
+    k_page,
+    k_slot,
+    k_head,
+    v_page,
+    v_slot,
+    v_head,
+    table_row,
+    heads,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_R: tl.constexpr,
+    MERGE_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (key heads * BLOCKS, splits, rows). Scores are in units of log2, so that a weight is one exp2.
+
+    A tile holds queries of one row, BLOCK_R of its `queries * GROUP` (query, head) pairs, query-major.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    kv_head = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    row = tl.program_id(2)
+    begin = tl.load(starts + row)
+    count = tl.load(starts + row + 1) - begin
+    length = tl.load(lengths + row)
+    if block * BLOCK_R >= count * GROUP:
+        return
+
+    low = 0
+    if WINDOW:
+        # The first key that the row's first query sees, at position length - count.
+        low = tl.maximum(length - count - window + 1, 0) // BLOCK_N * BLOCK_N
+    span = length - low
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(span, splits), BLOCK_N) * BLOCK_N, least)
+    used = tl.maximum(tl.cdiv(span, chunk), 1)
+    if split >= used:
+        return
+    first = low + split * chunk
+    last = tl.minimum(first + chunk, length)
+
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = r < count * GROUP
+    token = (begin + r // GROUP).to(tl.int64)
+    head = kv_head * GROUP + r % GROUP
+    position = length - count + r // GROUP
+    d = tl.arange(0, BLOCK_D)
+    real = d < DIM
+    queries = tl.load(
+        q + token[:, None] * q_token + head[:, None] * q_head + d[None, :],
+        mask=live[:, None] & real[None, :],
+        other=0.0,
+    )
+    if ALIBI:
+        slope = tl.load(slopes + head, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    pages = table + row.to(tl.int64) * table_row
+    for n0 in tl.range(first, last, BLOCK_N, num_stages=STAGES):
+        n = n0 + tl.arange(0, BLOCK_N)
+        held = n < last
+        if PAGE % BLOCK_N == 0:
+            page = tl.load(pages + n0 // PAGE).to(tl.int64)
+        else:
+            page = tl.load(pages + n // PAGE, mask=held, other=0).to(tl.int64)
+        k_at = page * k_page + (n % PAGE) * k_slot + kv_head * k_head
+        v_at = page * v_page + (n % PAGE) * v_slot + kv_head * v_head
+        mask = held[:, None]
+        if BLOCK_D != DIM:
+            mask = mask & real[None, :]
+        k = tl.load(keys + k_at[:, None] + d[None, :], mask=mask, other=0.0)
+        s = tl.dot(queries, k.T, input_precision=PRECISION) * scale
+        if SOFTCAP:
+            # softcap * tanh(s / softcap) with `softcap` in units of log2 as well
+            s = softcap * (1.0 - 2.0 / (tl.exp2(s / softcap * 2.8853900817779268) + 1.0))
+        ahead = n[None, :] - position[:, None]
+        if ALIBI:
+            s += slope[:, None] * ahead.to(tl.float32)
+        seen = held[None, :] & live[:, None]
+        if CAUSAL:
+            seen = seen & (ahead <= 0)
+        if WINDOW:
+            seen = seen & (ahead > -window)
+            if not CAUSAL:
+                seen = seen & (ahead < window)
+        s = tl.where(seen, s, float("-inf"))
+        peak = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        weights = tl.exp2(s - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(weights, 1)
+        v = tl.load(values + v_at[:, None] + d[None, :], mask=mask, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = peak
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+    pair = token * heads + head
+    if used == 1:
+        tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & real[None, :])
+    else:
+        place = pair * splits + split
+        tl.store(parts + place[:, None] * DIM + d[None, :], acc, mask=live[:, None] & real[None, :])
+        tl.store(sums + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(total)), mask=live)
+        # All threads' stores come before the count, and the count before the merge's loads.
+        tl.debug_barrier()
+        counter = counters + row * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
+            tl.store(counter, 0)
+            _merge(
+                parts,
+                sums,
+                out,
+                begin,
+                block * BLOCK_R,
+                count * GROUP,
+                kv_head,
+                heads,
+                used,
+                splits,
+                GROUP,
+                DIM,
+                BLOCK_D,
+                MERGE_R,
+                MERGE_S,
+            )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How decode attention is cut up: keys a step, warps, pipeline stages, and programs wanted for each
+    multiprocessor."""
+
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def tiles(dim: int, block_r: int, itemsize: int) -> Tiles:
+    """Measured choice for a padded head dim, rows of a tile and bytes of a number."""
+    if itemsize == 4:
+        return Tiles(32 if dim <= 128 else 16, 4, 2, 2)
+    if dim <= 128:
+        return Tiles(64, 4, 3, 2)
+    return Tiles(32, 4, 3, 2)
+
+
+def split_count(programs: int, context: int, least: int, wanted: int) -> int:
+    """Splits for `programs` tiles over at most `context` keys: enough programs to fill the device, no split
+    shorter than `least` keys."""
+    return max(1, min(triton.cdiv(wanted, programs), triton.cdiv(context, least)))
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that splits meet in: `parts` float32 for partial results, `counters` int32 that are zero
+    between launches. One serves all launches of a stream."""
+
+    parts: Tensor
+    counters: Tensor
+
+    @staticmethod
+    def of(device: torch.device, floats: int, counters: int) -> Workspace:
+        return Workspace(
+            torch.empty(floats, dtype=torch.float32, device=device),
+            torch.zeros(counters, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Host decisions of a launch; they depend on shapes and on the bound of the context alone."""
+
+    cut: Tiles
+    block_r: int
+    blocks: int
+    splits: int
+    floats: int
+    counters: int
+
+
+def plan(
+    tokens: int,
+    rows: int,
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    context: int,
+    itemsize: int,
+    device: torch.device,
+    cut: Tiles | None = None,
+) -> Plan:
+    """The launch for `tokens` queries in `rows` rows of at most `queries`, over at most `context` keys."""
+    pairs = max(queries, 1) * (heads // kv_heads)
+    block_r = min(max(triton.next_power_of_2(pairs), 16), 64)
+    cut = cut or tiles(max(triton.next_power_of_2(dim), 16), block_r, itemsize)
+    blocks = triton.cdiv(pairs, block_r)
+    programs = max(rows * kv_heads * blocks, 1)
+    splits = split_count(programs, max(context, 1), cut.block_n, cut.programs * multiprocessors(device))
+    floats = tokens * heads * splits * (dim + 1) if splits > 1 else 0
+    return Plan(cut, block_r, blocks, splits, floats, rows * kv_heads * blocks if splits > 1 else 0)
+
+
+def refuses(q: Tensor, queries: int, scoring: Scoring, pages: Pages | None) -> str | None:
+    """Why the kernel can't take this attention, or None. `queries`: most queries of a row."""
+    if pages is None:
+        return "reads keys from cache pages only"
+    if queries > MAX_QUERIES:
+        return f"takes at most {MAX_QUERIES} queries a row; a row has {queries}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or pages.keys.dtype != q.dtype:
+        return f"takes float16, bfloat16 or float32 throughout; q is {q.dtype}, the cache {pages.keys.dtype}"
+    if q.shape[2] > 256 or q.shape[2] % 8:
+        return f"takes head dims up to 256, divisible by 8; asked: {q.shape[2]}"
+    if torch.is_grad_enabled() and q.requires_grad:
+        return "has no backward"
+    return None
+
+
+def paged_attention(
+    q: Tensor,
+    starts: Tensor,
+    queries: int,
+    scoring: Scoring,
+    pages: Pages,
+    *,
+    context: int | None = None,
+    workspace: Workspace | None = None,
+    cut: Tiles | None = None,
+) -> Tensor:
+    """Attention of packed queries `q` `[tokens, heads, head_dim]` over cache pages, in one launch.
+
+    `starts` `[rows + 1]`: row boundaries; `queries`: most queries of a row. `context`: bound on the keys of
+    a row that the grid is made for, `pages.longest` by default; longer rows are still read in full, by as
+    many splits. `workspace`: reused memory of at least what `plan` says, made afresh by default. A row
+    without keys gives zeros. Gives `[tokens, heads, head_dim]`.
+    """
+    if (why := refuses(q, queries, scoring, pages)) is not None:
+        raise RequestError(f"paged attention kernel {why}")
+    tokens, heads, dim = q.shape
+    rows, (_, page_size, kv_heads, _) = starts.shape[0] - 1, pages.keys.shape
+    out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    keys, values = pages.keys, pages.values
+    if q.stride(2) != 1 or keys.stride(3) != 1 or values.stride(3) != 1 or pages.table.stride(1) != 1:
+        raise RequestError("paged attention wants q, keys, values and the page table contiguous in their last dim")
+    context = pages.longest if context is None else context
+    p = plan(
+        tokens, rows, queries, heads, kv_heads, dim, context, q.element_size(), q.device, cut
+    )
+    if workspace is None:
+        workspace = Workspace.of(q.device, p.floats, p.counters)
+    elif workspace.parts.numel() < p.floats or workspace.counters.numel() < p.counters:
+        raise RequestError(
+            f"workspace of {workspace.parts.numel()} floats and {workspace.counters.numel()} counters is too "
+            f"small; needed: {p.floats} and {p.counters}"
+        )
+    slopes = scoring.slopes
+    block_d = max(triton.next_power_of_2(dim), 16)
+    merge_r = min(triton.next_power_of_2(queries * (heads // kv_heads)), p.block_r)
+    _decode[(kv_heads * p.blocks, p.splits, rows)](
+        q,
+        keys,
+        values,
+        pages.table,
+        pages.lengths,
+        starts,
+        slopes.contiguous() if slopes is not None else None,
+        out,
+        workspace.parts,
+        workspace.parts[tokens * heads * p.splits * dim :] if p.splits > 1 else workspace.parts,
+        workspace.counters,
+        scoring.scale * _LOG2E,
+        (scoring.softcap or 1.0) * _LOG2E,
+        scoring.window or 0,
+        p.cut.block_n,
+        q.stride(0),
+        q.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        keys.stride(2),
+        values.stride(0),
+        values.stride(1),
+        values.stride(2),
+        pages.table.stride(0),
+        heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        PAGE=page_size,
+        CAUSAL=scoring.causal,
+        WINDOW=scoring.window is not None,
+        SOFTCAP=scoring.softcap is not None,
+        ALIBI=slopes is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        BLOCKS=p.blocks,
+        BLOCK_R=p.block_r,
+        BLOCK_N=p.cut.block_n,
+        BLOCK_D=block_d,
+        MERGE_R=merge_r,
+        MERGE_S=max(1, 8192 // (merge_r * block_d)),
+        STAGES=p.cut.stages,
+        num_warps=p.cut.warps,
+        **launch_options(q.device),
+    )
+    return out
