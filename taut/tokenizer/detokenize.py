@@ -135,7 +135,7 @@ def _reader(tokenizer: Tokenizer) -> _Reader:
     if kinds == ["ByteLevel"]:
         return _Bytes()
     # An empty token is no context: a decoder that strips the start would strip what follows it.
-    if "" in tokenizer.get_vocab() or not _looks_one_back(steps, tokenizer):
+    if tokenizer.backend_tokenizer.token_to_id("") is not None or not _looks_one_back(steps, tokenizer):
         return _Whole(tokenizer)
     return _Window(tokenizer, hold_bytes="ByteFallback" in kinds)
 

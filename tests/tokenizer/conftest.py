@@ -20,7 +20,7 @@ CORPUS = [
     "In 2024 we've shipped 1234567 packets; they're all here. 'Really?' she asked!",
     "def main(argv):\n    for i in range(10):\n\treturn i ** 2  # squares\n",
     "Grüße aus Köln: naïve café, façade, Ångström, Ελληνικά, русский текст.",
-    "你好，世界。我喜欢编程。日本語のテキストもあります。",
+    "你好\uff0c世界。我喜欢编程。日本語のテキストもあります。",
     "emoji 😀 👩‍👩‍👧 🏳️‍🌈 and   runs    of  spaces\n\n\nand lines",
     "aaaa bbbb abab the the them then there these",
 ] * 4
@@ -35,7 +35,7 @@ TEXTS = [
     "digits 1 12 123 1234 12345 3.14 1,000  7",
     "code: if (x == 1) { return a[i++]; } // done\n    indented\n\t\ttabs",
     "unicode: naïve café ﬁ ½ Ångström e\u0301 ß İ",
-    "你好，世界。日本語 한국어 ไทย עברית العربية",
+    "你好\uff0c世界。日本語 한국어 ไทย עברית العربية",
     "😀👩‍👩‍👧🏳️‍🌈 emoji 🤷🏽‍♀️",
     "special <|im_end|> tokens <s> in </s> text [SEP] <unk> <think>now</think>",
     "zero\u200bwidth \u00a0nbsp \ufeffbom \ufffd replacement",
@@ -103,7 +103,7 @@ def unigram(byte_fallback: bool = False) -> tokenizers.Tokenizer:
 
 
 def llama(first_only: bool = False) -> tokenizers.Tokenizer:
-    """As Llama 2's tokenizer.json: byte fallback, the space in front made by the normalizer (or by Metaspace)."""
+    """As Llama 2's: byte fallback, the space in front made by the normalizer (or by Metaspace)."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -176,7 +176,8 @@ KINDS: dict[str, tuple[Callable[[], tokenizers.Tokenizer], dict[str, Any]]] = {
     ),
     "no_pad": (
         byte_level,
-        {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"},
+        {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
+         "tokenizer_class": "PreTrainedTokenizerFast"},
     ),
     "wordpiece": (
         wordpiece,
@@ -196,7 +197,8 @@ KINDS: dict[str, tuple[Callable[[], tokenizers.Tokenizer], dict[str, Any]]] = {
     ),
     "unigram_bytes": (
         lambda: unigram(byte_fallback=True),
-        {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"},
+        {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+         "tokenizer_class": "PreTrainedTokenizerFast"},
     ),
     "llama": (
         llama,

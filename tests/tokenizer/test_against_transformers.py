@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from taut.tokenizer import AutoTokenizer, Tokenizer
 
 from .conftest import KINDS, TEXTS
@@ -61,9 +62,9 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 def test_attributes(kind: str, folder_of: Callable[[str], Path]) -> None:
     ours, theirs = load(folder_of(kind))
     names = (
-        "bos_token eos_token unk_token sep_token pad_token cls_token mask_token bos_token_id eos_token_id unk_token_id "
-        "sep_token_id pad_token_id cls_token_id mask_token_id padding_side truncation_side model_max_length vocab_size "
-        "model_input_names all_special_ids all_special_tokens special_tokens_map extra_special_tokens "
+        "bos_token eos_token unk_token sep_token pad_token cls_token mask_token bos_token_id eos_token_id "
+        "unk_token_id sep_token_id pad_token_id cls_token_id mask_token_id padding_side truncation_side "
+        "model_max_length vocab_size model_input_names all_special_ids all_special_tokens special_tokens_map extra_special_tokens "
         "clean_up_tokenization_spaces is_fast"
     )
     for name in names.split():
