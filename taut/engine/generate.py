@@ -129,7 +129,7 @@ def generate(
             "with a streamer each, or leave the streamer out"
         )
     try:
-        _run(_engine(model, call.requests), call, streamer)
+        _run(sized_engine(model, call.requests), call, streamer)
     except BaseException as error:
         if hasattr(streamer, "fail"):
             streamer.fail(error)
@@ -172,13 +172,13 @@ def stream(
     if len(call.requests) != 1:
         raise RequestError(f"stream gives one row, but the call makes {len(call.requests)}; use generate")
     text = RowText(tokenizer, call.config.stops, skip_special_tokens) if tokenizer is not None else None
-    return Stream(_engine(model, call.requests), call.requests[0], text)
+    return Stream(sized_engine(model, call.requests), call.requests[0], text)
 
 
 # -- running -------------------------------------------------------------------------------------------
 
 
-def _engine(model: Any, requests: Sequence[Request]) -> Engine:
+def sized_engine(model: Any, requests: Sequence[Request]) -> Engine:
     """An engine sized for these requests: all their tokens, or on a GPU what its memory holds."""
     needs = [-(-(len(r.prompt) + r.params.max_new_tokens) // PAGE_SIZE) for r in requests]
     pages = sum(sorted(needs)[-MAX_ROWS:])

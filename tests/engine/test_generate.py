@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from transformers.generation import logits_process, stopping_criteria
 
-from taut.engine.generate import GenerateOutput, generate, stream
+from taut.engine.generate import GenerateOutput, generate, sized_engine, stream
 from taut.engine.generation import GenerationConfig
+from taut.engine.request import Request, SamplingParams
 from taut.engine.streamers import TextIteratorStreamer, TextStreamer
 from taut.errors import NumericsError, RequestError
 from taut.modeling import CausalLM
@@ -517,3 +520,29 @@ def test_a_stream_takes_one_row(model):
         stream(model, IDS, max_new_tokens=3)
     with pytest.raises(RequestError, match="temperature is -1"):
         stream(model, IDS, max_new_tokens=3, temperature=-1)
+
+
+# -- CUDA ----------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_a_gpu_cannot_hold_is_refused(model, monkeypatch):
+    """Numbers of a GPU with half a MiB free, of which the cache may have 80 %."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 19, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    there = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, config=model.config)
+    token = 2 * 2 * (2 * 8) * 4  # keys and values, layers, kv heads * head dim, bytes
+    fits = int((1 << 19) * 0.8) // (16 * token) * 16
+    rows = [Request([3] * 8, SamplingParams(max_new_tokens=new)) for new in (4, 3000)]
+    with pytest.raises(RequestError, match=rf"row 1 needs .* 3008 tokens .* cuda has room for {fits} "):
+        sized_engine(there, rows)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives(model):
+    ids, mask = padded()
+    there = copy.deepcopy(model).cuda()
+    for options in ({}, {"do_sample": True, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.4}):
+        here = generate(model, ids, attention_mask=mask, max_new_tokens=16, **options)
+        moved = generate(there, ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=16, **options)
+        assert moved.is_cuda and moved.tolist() == here.tolist()
