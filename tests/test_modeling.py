@@ -1,0 +1,194 @@
+"""The Hugging Face-shaped door: shapes, options, packed inputs, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from taut import AutoModelForCausalLM, CausalLM
+from taut.errors import CheckpointError, ConfigError, NumericsError, RequestError, TautError, WeightsError
+from taut.models import read_config
+from tests.families import CASES, VOCAB, checkpoint
+
+LLAMA = CASES[0]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return checkpoint(LLAMA)
+
+
+@pytest.fixture
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+IDS = torch.tensor([[5, 9, 17, 3, 88, 41, 7]])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "int4"}, RequestError, "dtype is 'int4'; known: auto, float32"),
+        ({"dtype": torch.int8}, RequestError, "dtype is torch.int8; known: auto"),
+        ({"device": "gpu"}, RequestError, "device is 'gpu'; known: auto, cpu, cuda"),
+        ({"device": "xpu"}, RequestError, "device is 'xpu'; known: auto, cpu, cuda"),
+        ({"device_map": {"": "cpu", "lm_head": 0}}, RequestError, "one device holds it all"),
+        ({"attn_implementation": "egaer"}, RequestError, "'egaer'; known: auto, .*; nearest: eager"),
+        ({"torch_dtyp": "auto"}, RequestError, "no option 'torch_dtyp'; nearest: torch_dtype"),
+        ({"max_memory": {0: "1GB"}}, RequestError, "is not in this release"),
+    ],
+    ids=str,
+)
+def test_bad_load_options_are_named(folder, options, error, message):
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(folder):
+    with pytest.raises(RequestError, match="'cuda:3', but this PyTorch sees no CUDA GPU; use device='cpu'"):
+        AutoModelForCausalLM.from_pretrained(folder, device="cuda:3")
+
+
+def _edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda f: shutil.rmtree(f), CheckpointError, "copy"),
+        (lambda f: (f / "config.json").unlink(), CheckpointError, "config.json"),
+        (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "safetensors"),
+        (lambda f: (f / "config.json").write_text("{"), CheckpointError, "not valid JSON"),
+        (_truncate, CheckpointError, "model.safetensors"),
+        (lambda f: _edit_config(f, model_type="lama"), ConfigError, "nearest: .*llama"),
+        (lambda f: _edit_config(f, rope_parameters={"rope_type": "spiral"}), ConfigError, "'spiral'; known"),
+        (lambda f: _edit_config(f, hidden_size=96), WeightsError, r"the file has \[131, 48\], the config"),
+        (lambda f: _edit_config(f, num_hidden_layers=2), WeightsError, "unexpected: model.layers.2"),
+        (lambda f: _edit_config(f, num_hidden_layers=4), WeightsError, "missing: model.layers.3"),
+        (lambda f: _edit_config(f, quantization_config={"quant_method": "magic"}), TautError, "magic"),
+    ],
+)
+def test_damaged_folders_are_named_and_nothing_is_loaded(folder, tmp_path, damage, error, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    damage(copy)
+    with pytest.raises(error, match=message):
+        AutoModelForCausalLM.from_pretrained(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": IDS, "inputs_embeds": torch.zeros(1, 7, 48)}, "exactly one of"),
+        ({"input_ids": IDS[0]}, r"input_ids is torch.int64 \[7\]; expected int64 \[rows, width\]"),
+        ({"input_ids": IDS.float()}, r"input_ids is torch.float32 \[1, 7\]"),
+        ({"input_ids": IDS + VOCAB - 10}, rf"input_ids\[0, 4\] is {88 + VOCAB - 10}; the vocabulary has"),
+        ({"input_ids": -IDS}, r"input_ids\[0, 4\] is -88"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(1, 6)}, r"attention_mask has shape \[1, 6\]"),
+        ({"input_ids": IDS, "labels": IDS[:, :3]}, r"labels has shape \[1, 3\]"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "labels need every position's logits"),
+        ({"input_ids": IDS, "output_attentions": True}, "output_attentions is not supported"),
+        ({"input_ids": IDS, "past_key_values": ()}, "past_key_values is not supported"),
+    ],
+)
+def test_bad_inputs_are_named(model, inputs, message):
+    with pytest.raises(RequestError, match=message):
+        model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "empty|no token"),
+        ({"input_ids": IDS.repeat(1, 10), "max_new_tokens": 4}, "context"),
+        ({"input_ids": IDS + VOCAB}, "token id 136 is outside the model.s vocabulary"),
+        ({"input_ids": IDS, "temperature": -1.0, "do_sample": True}, "temperature is -1.0"),
+    ],
+)
+def test_bad_requests_are_named(model, options, message):
+    with pytest.raises(RequestError, match=message):
+        model.generate(**options)
+
+
+def test_nan_names_the_first_layer_that_has_it(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
+        model.model.layers[2].self_attn.o_proj.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match=r"model.layers.1.mlp.down_proj \(weight itself is not finite\)"):
+        model.generate(IDS, max_new_tokens=3)
+
+
+def test_packed_positions_give_each_sequence_its_own_loss_and_logits(model):
+    lengths = (3, 4)
+    positions = torch.tensor([[p for n in lengths for p in range(n)]])
+    together = model(IDS, position_ids=positions, labels=IDS)
+    parts = [model(ids, labels=ids) for ids in IDS.split(lengths, dim=1)]
+    assert torch.allclose(together.logits, torch.cat([p.logits for p in parts], 1), atol=1e-5)
+    want = sum(p.loss * (n - 1) for p, n in zip(parts, lengths, strict=True)) / (sum(lengths) - 2)
+    assert torch.allclose(together.loss, want, atol=1e-6)
+    total = model(IDS, position_ids=positions, labels=IDS, num_items_in_batch=10).loss
+    assert torch.allclose(total, want * (sum(lengths) - 2) / 10, atol=1e-6)
+
+
+def test_embeds_logits_to_keep_and_tuples(model):
+    whole = model(IDS).logits
+    embeds = model.get_input_embeddings()(IDS)
+    assert torch.allclose(model(inputs_embeds=embeds).logits, whole, atol=1e-6)
+    two = torch.cat((IDS, torch.zeros_like(IDS)))
+    mask = torch.tensor([[1] * 7, [0] * 5 + [1] * 2])
+    kept = model(two, attention_mask=mask, logits_to_keep=3).logits
+    assert kept.shape == (2, 3, VOCAB)
+    assert torch.allclose(kept, model(two, attention_mask=mask).logits[:, -3:], atol=1e-6)
+    (logits,) = model(IDS, return_dict=False)
+    assert torch.equal(logits, whole) and torch.equal(model(IDS)[0], whole)
+    output = model(IDS)
+    assert output.loss is None and output.past_key_values is None and list(output) == ["logits"]
+    with pytest.raises(AttributeError, match="no field 'logit'; it has: loss, logits"):
+        output.logit  # noqa: B018
+
+
+def test_from_config_and_what_a_model_says_of_itself():
+    config = read_config(json.loads((checkpoint(LLAMA) / "config.json").read_text()))
+    model = CausalLM.from_config(config, dtype=torch.bfloat16)
+    assert model.dtype is torch.bfloat16 and model.device.type == "cpu"
+    assert model.get_memory_footprint() == 2 * model.num_parameters()
+    assert torch.isfinite(model(IDS).logits).all()
+    model.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == 0
+    with pytest.raises(TypeError, match="call AutoModelForCausalLM.from_pretrained"):
+        AutoModelForCausalLM()
+
+
+def test_training_between_generations_sees_and_keeps_its_weights(folder):
+    """Inference layouts come and go under the same parameters, so an optimizer made before stays good."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    before = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        model.generate(IDS, max_new_tokens=2, do_sample=False)
+    assert losses[-1] < losses[0]
+    after = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    reference.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, reference(IDS).logits, atol=0.05)
+    assert not torch.equal(before, after)
