@@ -168,7 +168,7 @@ def test_from_config_and_what_a_model_says_of_itself():
     assert torch.isfinite(model(IDS).logits).all()
     model.requires_grad_(False)
     assert model.num_parameters(only_trainable=True) == 0
-    with pytest.raises(TypeError, match="call AutoModelForCausalLM.from_pretrained"):
+    with pytest.raises(TypeError, match=r"call AutoModelForCausalLM.from_pretrained"):
         AutoModelForCausalLM()
 
 
