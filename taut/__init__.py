@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import taut` (and `taut --help`) costs nothing.
 _HOMES = {
+    "AsyncTextIteratorStreamer": "taut.engine.streamers",
     "AutoModelForCausalLM": "taut.auto",
     "AutoTokenizer": "taut.tokenizer",
     "Batch": "taut.batch",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from taut.engine.generation import GenerationConfig as GenerationConfig
     from taut.engine.request import Request as Request
     from taut.engine.request import SamplingParams as SamplingParams
+    from taut.engine.streamers import AsyncTextIteratorStreamer as AsyncTextIteratorStreamer
     from taut.engine.streamers import TextIteratorStreamer as TextIteratorStreamer
     from taut.engine.streamers import TextStreamer as TextStreamer
     from taut.errors import TautError as TautError

@@ -18,8 +18,9 @@ from taut import weights
 from taut.batch import Batch, pack
 from taut.checkpoint import open_checkpoint, write_safetensors
 from taut.config import DTYPES, ModelConfig
-from taut.engine.generate import generate
+from taut.engine.generate import generate, stream
 from taut.engine.generation import GenerationConfig
+from taut.engine.stream import Stream
 from taut.errors import RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import CANDIDATES
@@ -186,6 +187,10 @@ class CausalLM(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Continue prompts; see `taut.engine.generate.generate`, which documents every option."""
         return generate(self, *args, **kwargs)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """Continue one prompt piece by piece; see `taut.engine.generate.stream`."""
+        return stream(self, *args, **kwargs)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.is_floating_point():
