@@ -252,7 +252,7 @@ def _add_missing(folder: Path, backend: tokenizers.Tokenizer, config: Mapping[st
         }
     elif not (folder / TOKENIZER).is_file():
         file = _read_json(folder / "added_tokens.json")
-        listed = {_index(folder, index): AddedToken(token, normalized=True) for token, index in file.items()}
+        listed = {_index(folder, index): AddedToken(token, normalized=False) for token, index in file.items()}
     have = {token.content for token in backend.get_added_tokens_decoder().values()}
     for index, token in sorted(listed.items()):
         if str(token) in have:

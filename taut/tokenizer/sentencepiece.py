@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE, Unigram
+from tokenizers.pre_tokenizers import Split
 
 from taut.errors import TokenizerError
 
@@ -65,6 +66,8 @@ def read_sentencepiece(path: Path) -> Pieces:
     try:
         message = _Message(path.read_bytes())
         pieces = [_piece(_Message(data)) for data in message.all(1)]
+        if not pieces:
+            raise ValueError("it has no pieces")
         trainer, normalizer = _Message(message.bytes(2)), _Message(message.bytes(3))
         model_type, suffix = trainer.int(3, 1), trainer.int(24, 0)
         pieces_read = Pieces(
@@ -83,8 +86,6 @@ def read_sentencepiece(path: Path) -> Pieces:
             f"{path}: not a SentencePiece model, or a damaged one ({error}); download it again, "
             "or use a repository with a tokenizer.json"
         ) from error
-    if not pieces:
-        raise TokenizerError(f"{path}: this SentencePiece model has no pieces; download it again")
     if model_type not in (1, 2):
         kind = {3: "word", 4: "char"}.get(model_type, model_type)
         raise TokenizerError(f"{path}: the SentencePiece model type is {kind}; supported: unigram, bpe")
@@ -114,6 +115,8 @@ def build_sentencepiece(model: Pieces) -> Tokenizer:
         backend = Tokenizer(
             BPE(ids, _merges(model.pieces), unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback)
         )
+    if model.unigram and byte_fallback:  # "<0x41>" written in a text is not the byte
+        backend.pre_tokenizer = Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated")
     backend.normalizer = _normalizer(model)
     backend.decoder = _decoder(model, byte_fallback)
     backend.add_tokens(

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind, trained here and saved as Hugging Face folders, and the two installed ones."""
+"""Tiny tokenizers of every kind, trained here and saved as folders, and the two installed ones."""
 
 from __future__ import annotations
 
@@ -218,7 +218,10 @@ KINDS: dict[str, tuple[Callable[[], tokenizers.Tokenizer], dict[str, Any]]] = {
         suffix_bpe, {"unk_token": "<unk>", "eos_token": "<end>", "pad_token": "<end>",
                      "tokenizer_class": "PreTrainedTokenizerFast"}
     ),
-    "words": (words, {"unk_token": "[UNK]", "pad_token": "[PAD]", "tokenizer_class": "PreTrainedTokenizerFast"}),
+    "words": (
+        words,
+        {"unk_token": "[UNK]", "pad_token": "[PAD]", "tokenizer_class": "PreTrainedTokenizerFast"},
+    ),
     "ctc": (ctc, {"unk_token": "<unk>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}),
 }  # fmt: skip
 

@@ -64,8 +64,8 @@ def test_attributes(kind: str, folder_of: Callable[[str], Path]) -> None:
     names = (
         "bos_token eos_token unk_token sep_token pad_token cls_token mask_token bos_token_id eos_token_id "
         "unk_token_id sep_token_id pad_token_id cls_token_id mask_token_id padding_side truncation_side "
-        "model_max_length vocab_size model_input_names all_special_ids all_special_tokens special_tokens_map extra_special_tokens "
-        "clean_up_tokenization_spaces is_fast"
+        "model_max_length vocab_size model_input_names all_special_ids all_special_tokens special_tokens_map "
+        "extra_special_tokens clean_up_tokenization_spaces is_fast"
     )
     for name in names.split():
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -149,8 +149,13 @@ def test_decoding(kind: str, folder_of: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", PADDED)
-@pytest.mark.parametrize("options", [{}, {"padding": "max_length", "max_length": 40}, {"pad_to_multiple_of": 4},
-                                     {"padding_side": "left", "return_tensors": "pt"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"padding": "max_length", "max_length": 40}, {"pad_to_multiple_of": 4},
+        {"padding_side": "left", "return_tensors": "pt"},
+    ],
+)  # fmt: skip
 def test_pad(kind: str, options: dict[str, Any], folder_of: Callable[[str], Path]) -> None:
     ours, theirs = load(folder_of(kind))
     examples = [theirs(text) for text in BATCH[:4]]
