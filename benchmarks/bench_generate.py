@@ -13,6 +13,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -165,7 +166,7 @@ def device_name(device: str) -> str:
     if info.is_file():
         for line in info.read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
     return platform.processor() or platform.machine()
 
 
@@ -181,7 +182,7 @@ def show(report: dict[str, Any]) -> None:
     rows = (
         ("decode_tokens_per_second", f"decode {report['new_tokens']} tokens, tok/s", 1, ".1f"),
         ("prefill_seconds", f"prefill {report['prefill']} tokens, ms", 1e3, ".0f"),
-        ("load_seconds", "load, s", 1, ".2f"),
+        ("load_seconds", "load model and tokenizer, s", 1, ".2f"),
         ("load_peak_bytes", "peak host memory of loading, MB", 1e-6, ".0f"),
         ("weights_bytes", "weights, MB", 1e-6, ".0f"),
     )
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
     parser.add_argument("--child", choices=LIBRARIES, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' bars; the child processes inherit it
     if args.threads:
         torch.set_num_threads(args.threads)
     dtypes = args.dtype or ["bfloat16", "float32"]
