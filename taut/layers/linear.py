@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Linear(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.parts = MappingProxyType(dict(out)) if isinstance(out, Mapping) else None
+        self.parts = dict(out) if isinstance(out, Mapping) else None
         self.in_features = in_features
         self.out_features = out if isinstance(out, int) else sum(out.values())
         self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype))
