@@ -26,7 +26,9 @@ def dependent_launch(device: torch.device) -> bool:
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keywords of a kernel that calls `griddepcontrol` under its constexpr `PDL`.
 
-    Every program of such a kernel waits for its predecessor before it touches what others write, and before
-    it ends, so that completion stays transitive along a chain of launches.
+    Every program of such a kernel waits for the kernel ahead of it before it touches what that one writes,
+    and in any case before it ends; only then does it let the next one start. So whatever runs before the
+    wait sees all writes but those of the kernel just ahead; weights, slots, lengths, page tables and angles
+    are read there, and a kernel that writes these must not let the next one start early.
     """
     return {"PDL": True, "launch_pdl": True} if dependent_launch(device) else {"PDL": False}

@@ -17,23 +17,26 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.kernels.act_triton import activate
 from taut.kernels.device import launch_options
+from taut.kernels.norm_triton import rms_norm
 
 
 @triton.jit
-def _prefetch(pointers, BYTES: tl.constexpr):
-    """Ask for BYTES from each of `pointers` on into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], " + BYTES + "; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.uint64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def _load(pointers, at, K, EVEN: tl.constexpr):
+    """A tile of the weight, or of x, whose columns are `at`."""
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=at < K, other=0.0)
 
 
 @triton.jit
-def _one_row(
+def _load_weight(pointers, at, K, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, mask=at < K, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _by_hand(
     x,
     weight,
     bias,
@@ -44,6 +47,7 @@ def _one_row(
     K,
     eps,
     offset,
+    M: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
     ACT: tl.constexpr,
@@ -53,154 +57,80 @@ def _one_row(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row of x against BLOCK_N rows of the weight (with ACT: of its gate and up halves). The next tile of
-    the weight is in flight while one is multiplied."""
+    """M rows of x against BLOCK_N rows of the weight (with ACT: of its gate and up halves), without tensor
+    cores. The next tile of the weight is in flight, in registers, while one is multiplied."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
     ups = rows + N.to(tl.int64) * K
-    if EVEN:
-        ahead = tl.load(rows, eviction_policy="evict_first")
-        if ACT != "":
-            ahead_up = tl.load(ups, eviction_policy="evict_first")
-    else:
-        ahead = tl.load(rows, mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
-        if ACT != "":
-            ahead_up = tl.load(ups, mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    # Eight neighbours of a row are one thread's: they are added before the sums are kept.
-    total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
-    total_up = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        w = ahead
-        if ACT != "":
-            w_up = ahead_up
-        more = start + BLOCK_K + k[None, :] < K
-        ahead = tl.load(rows + start + BLOCK_K, mask=more, other=0.0, eviction_policy="evict_first")
-        if ACT != "":
-            ahead_up = tl.load(ups + start + BLOCK_K, mask=more, other=0.0, eviction_policy="evict_first")
-        at = start + k
-        if EVEN:
-            v = tl.load(x + at).to(tl.float32)
-        else:
-            v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
-        if NORM:
-            squares += v * v
-            if EVEN:
-                g = tl.load(norm_weight + at).to(tl.float32)
-            else:
-                g = tl.load(norm_weight + at, mask=at < K, other=0.0).to(tl.float32)
-            v = v * (g + offset)
-        total += tl.sum(tl.reshape(w.to(tl.float32) * v[None, :], [BLOCK_N, BLOCK_K // 8, 8]), 2)
-        if ACT != "":
-            total_up += tl.sum(tl.reshape(w_up.to(tl.float32) * v[None, :], [BLOCK_N, BLOCK_K // 8, 8]), 2)
-    y = tl.sum(total, 1)
-    scale = 1.0
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        y = y * scale
-    inside = n < N
-    if BIAS:
-        y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    ahead = _load_weight(rows, k[None, :], K, EVEN)
     if ACT != "":
-        up = tl.sum(total_up, 1) * scale
+        ahead_up = _load_weight(ups, k[None, :], K, EVEN)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    # Eight neighbours of a weight row are one thread's: they are added before the sums are kept.
+    totals = ()
+    totals_up = ()
+    squares = ()
+    for _ in tl.static_range(M):
+        totals += (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)
+        totals_up += (tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32),)
+        squares += (tl.zeros([BLOCK_K], tl.float32),)
+    for start in range(0, K, BLOCK_K):
+        w = ahead.to(tl.float32)
+        if ACT != "":
+            w_up = ahead_up.to(tl.float32)
+        at = start + k
+        beyond = start + BLOCK_K + k[None, :]
+        ahead = _load_weight(rows + start + BLOCK_K, beyond, K, False)
+        if ACT != "":
+            ahead_up = _load_weight(ups + start + BLOCK_K, beyond, K, False)
+        if NORM:
+            g = _load(norm_weight + at, at, K, EVEN).to(tl.float32) + offset
+        new = ()
+        new_up = ()
+        new_squares = ()
+        for m in tl.static_range(M):
+            v = _load(x + m * K + at, at, K, EVEN).to(tl.float32)
+            if NORM:
+                new_squares += (squares[m] + v * v,)
+                v = v * g
+            new += (totals[m] + tl.sum(tl.reshape(w * v[None, :], [BLOCK_N, BLOCK_K // 8, 8]), 2),)
+            if ACT != "":
+                up = tl.sum(tl.reshape(w_up * v[None, :], [BLOCK_N, BLOCK_K // 8, 8]), 2)
+                new_up += (totals_up[m] + up,)
+        totals = new
+        if NORM:
+            squares = new_squares
+        if ACT != "":
+            totals_up = new_up
+    inside = n < N
+    for m in tl.static_range(M):
+        y = tl.sum(totals[m], 1)
+        if NORM:
+            scale = tl.rsqrt(tl.sum(squares[m], 0) / K + eps)
+            y = y * scale
         if BIAS:
-            up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
-        y = activate(y, ACT) * up
-    if RESIDUAL:
-        y += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n, y, mask=inside)
+            y += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        if ACT != "":
+            up = tl.sum(totals_up[m], 1)
+            if NORM:
+                up = up * scale
+            if BIAS:
+                up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
+            y = activate(y, ACT) * up
+        if RESIDUAL:
+            y += tl.load(residual + m * N + n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + m * N + n, y, mask=inside)
 
 
 @triton.jit
-def _few_rows(
-    x,
-    weight,
-    bias,
-    norm_weight,
-    residual,
-    out,
-    M,
-    N,
-    K,
-    eps,
-    offset,
-    NORM: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACT: tl.constexpr,
+def _finish(
+    total, total_up, bias, residual, out, real, m, n, N, BIAS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    X_FIRST: tl.constexpr,
-    SHRINK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """All M <= BLOCK_M rows of x against BLOCK_N rows of the weight, on the tensor cores."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    first = weight + tl.minimum(n, N - 1).to(tl.int64) * K
-    rows = first[:, None] + k[None, :]
-    ups = rows + N.to(tl.int64) * K
-    if PDL:
-        if PREFETCH != "":
-            _prefetch(first, PREFETCH)
-            if ACT != "":
-                _prefetch(first + N.to(tl.int64) * K, PREFETCH)
-        gdc_launch_dependents()
-        gdc_wait()
-    real = (m < M)[:, None]
-    source = x + m[:, None] * K + k[None, :]
-    if X_FIRST:
-        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if EVEN:
-            w = tl.load(rows + start, eviction_policy="evict_first")
-            v = tl.load(source + start, mask=real, other=0.0)
-        else:
-            inside = start + k[None, :] < K
-            w = tl.load(rows + start, mask=inside, other=0.0, eviction_policy="evict_first")
-            v = tl.load(source + start, mask=real & inside, other=0.0)
-        if NORM:
-            if EVEN:
-                g = tl.load(norm_weight + start + k).to(tl.float32)
-            else:
-                g = tl.load(norm_weight + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            wide = v.to(tl.float32)
-            squares += wide * wide
-            v = (wide * ((g + offset) * SHRINK)[None, :]).to(v.dtype)
-        if X_FIRST:
-            total = tl.dot(v, w.T, total)
-        else:
-            total = tl.dot(w, v.T, total)
-        if ACT != "":
-            if EVEN:
-                u = tl.load(ups + start, eviction_policy="evict_first")
-            else:
-                u = tl.load(ups + start, mask=inside, other=0.0, eviction_policy="evict_first")
-            if X_FIRST:
-                total_up = tl.dot(v, u.T, total_up)
-            else:
-                total_up = tl.dot(u, v.T, total_up)
-    if not X_FIRST:
-        total = total.T
-        total_up = total_up.T
-    if NORM:
-        scale = (tl.rsqrt(tl.sum(squares, 1) / K + eps) / SHRINK)[:, None]
-        total = total * scale
-        total_up = total_up * scale
+):  # fmt: skip
+    """Bias, activation, residual and store of sums `[BLOCK_M, BLOCK_N]`."""
     columns = n < N
     if BIAS:
         total += tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)[None, :]
@@ -208,31 +138,147 @@ def _few_rows(
         if BIAS:
             total_up += tl.load(bias + N + n, mask=columns, other=0.0).to(tl.float32)[None, :]
         total = activate(total, ACT) * total_up
-    place = m.to(tl.int64)[:, None] * N + n[None, :]
-    inside_out = real & columns[None, :]
+    place = m[:, None] * N + n[None, :]
+    inside = real[:, None] & columns[None, :]
     if RESIDUAL:
-        total += tl.load(residual + place, mask=inside_out, other=0.0).to(tl.float32)
-    tl.store(out + place, total, mask=inside_out)
+        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _by_tensor_cores(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    parts,
+    counters,
+    M,
+    N,
+    K,
+    span,
+    BIAS: tl.constexpr,
+    ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EVEN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    X_FIRST: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All M <= BLOCK_M rows of x against BLOCK_N rows of the weight, over `span` of its K columns. The last
+    of the SPLITS programs of a tile adds their parts up, always in the same order."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    begin = split * span
+    end = tl.minimum(begin + span, K)
+    rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    ups = rows + N.to(tl.int64) * K
+    if PDL:
+        if PREFETCH != "":
+            # As many pointers as threads, so that none asks for what another does.
+            EACH: tl.constexpr = 32 * WARPS // BLOCK_N
+            piece = tl.arange(0, EACH)
+            first = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + begin + (piece * 128)[None, :]
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.prefetch.L2.global [$1], " + PREFETCH + "; mov.u32 $0, 0;",
+                "=r,l", [first.to(tl.uint64)], dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        gdc_wait()
+        gdc_launch_dependents()
+    real = m < M
+    source = x + m[:, None] * K + k[None, :]
+    if X_FIRST:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        total_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        at = start + k[None, :]
+        w = _load_weight(rows + start, at, K, EVEN)
+        mask = real[:, None]
+        if not EVEN:
+            mask = mask & (at < K)
+        v = tl.load(source + start, mask=mask, other=0.0)
+        if X_FIRST:
+            total = tl.dot(v, w.T, total)
+        else:
+            total = tl.dot(w, v.T, total)
+        if ACT != "":
+            u = _load_weight(ups + start, at, K, EVEN)
+            if X_FIRST:
+                total_up = tl.dot(v, u.T, total_up)
+            else:
+                total_up = tl.dot(u, v.T, total_up)
+    if not X_FIRST:
+        total = total.T
+        total_up = total_up.T
+    if SPLITS == 1:
+        _finish(total, total_up, bias, residual, out, real, m, n, N, BIAS, ACT, RESIDUAL)
+    else:
+        HALVES: tl.constexpr = 1 if ACT == "" else 2
+        inside = real[:, None] & (n < N)[None, :]
+        place = m[:, None] * N + n[None, :]
+        tl.store(parts + split * HALVES * M * N + place, total, mask=inside)
+        if ACT != "":
+            tl.store(parts + (split * HALVES + 1) * M * N + place, total_up, mask=inside)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counters + tl.program_id(0), 0)
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for s in tl.static_range(SPLITS):
+                total += tl.load(parts + s * HALVES * M * N + place, mask=inside, other=0.0, cache_modifier=".cg")
+                if ACT != "":
+                    second = parts + (s * HALVES + 1) * M * N + place
+                    total_up += tl.load(second, mask=inside, other=0.0, cache_modifier=".cg")
+            _finish(total, total_up, bias, residual, out, real, m, n, N, BIAS, ACT, RESIDUAL)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut up. `stages` and the rest are of the tensor-core kernel; 0 stages: the one-row
-    kernel. `prefetch`: bytes of each weight row asked for before waiting."""
+    """How a product is cut up. `stages`, `splits` (of the columns), `x_first` (operand order) and `prefetch`
+    (bytes of each weight row asked for before waiting) are the tensor-core kernel's; 0 stages: the other."""
 
     block_n: int
     block_k: int
     warps: int
     stages: int = 0
-    prefetch: int = 0
+    splits: int = 1
     x_first: bool = True
+    prefetch: int = 0
 
 
 def tiles(rows: int, outputs: int, inputs: int, gated: bool) -> Tiles:
     """Measured choice for `rows` rows through a weight `[outputs (per half if gated), inputs]`."""
-    if rows == 1:
+    if rows <= 4:
         return Tiles(4, 1024, 4)
-    return Tiles(32, 128, 4, 5, 2048)
+    return Tiles(32, 128, 4, 5)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Memory that the splits of a product meet in: `parts` float32, `counters` int32 that are zero between
+    launches. One serves all launches of a stream."""
+
+    parts: Tensor
+    counters: Tensor
+
+    @staticmethod
+    def of(device: torch.device, floats: int, counters: int) -> Workspace:
+        return Workspace(
+            torch.empty(floats, dtype=torch.float32, device=device),
+            torch.zeros(counters, dtype=torch.int32, device=device),
+        )
 
 
 def run(
@@ -246,6 +292,7 @@ def run(
     residual: Tensor | None,
     out_dtype: torch.dtype,
     cut: Tiles | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """The product as `kernels.gemv.gemv` describes it; arguments are checked there."""
     rows, inputs = x.shape
@@ -254,9 +301,8 @@ def run(
     out = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
-    grid = (triton.cdiv(outputs, cut.block_n),)
+    blocks = triton.cdiv(outputs, cut.block_n)
     flags = {
-        "NORM": norm_weight is not None,
         "BIAS": bias is not None,
         "ACT": act or "",
         "RESIDUAL": residual is not None,
@@ -267,26 +313,46 @@ def run(
         **launch_options(x.device),
     }
     if cut.stages == 0:
-        _one_row[grid](x, weight, bias, norm_weight, residual, out, outputs, inputs, eps, offset, **flags)
-    else:
-        _few_rows[grid](
+        _by_hand[(blocks,)](
             x,
             weight,
             bias,
             norm_weight,
             residual,
             out,
-            rows,
             outputs,
             inputs,
             eps,
             offset,
-            BLOCK_M=max(16, triton.next_power_of_2(rows)),
-            STAGES=cut.stages,
-            PREFETCH=str(min(cut.prefetch, 2 * inputs)) if cut.prefetch else "",
-            X_FIRST=cut.x_first,
-            # Rows times norm weight stay inside float16's range: the norm divides only afterwards.
-            SHRINK=0.0625 if x.dtype == torch.float16 else 1.0,
+            M=rows,
+            NORM=norm_weight is not None,
             **flags,
         )
+        return out
+    if norm_weight is not None:
+        # On the way to the tensor cores, scaling x in each program costs more than a launch does.
+        x = rms_norm(x, norm_weight, eps, offset)
+    if cut.splits > 1 and workspace is None:
+        floats = cut.splits * rows * outputs * (2 if act else 1)
+        workspace = Workspace.of(x.device, floats, blocks)
+    _by_tensor_cores[(blocks, cut.splits)](
+        x,
+        weight,
+        bias,
+        residual,
+        out,
+        workspace.parts if cut.splits > 1 else out,
+        workspace.counters if cut.splits > 1 else out,
+        rows,
+        outputs,
+        inputs,
+        triton.cdiv(triton.cdiv(inputs, cut.block_k), cut.splits) * cut.block_k,
+        SPLITS=cut.splits,
+        BLOCK_M=max(16, triton.next_power_of_2(rows)),
+        STAGES=cut.stages,
+        X_FIRST=cut.x_first,
+        PREFETCH=str(cut.prefetch * cut.block_n // (32 * cut.warps)) if cut.prefetch else "",
+        WARPS=cut.warps,
+        **flags,
+    )
     return out

@@ -25,6 +25,19 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def _prefetch(pointers, BYTES: tl.constexpr):
+    """Ask for BYTES from each of `pointers` on into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], " + BYTES + "; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.uint64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _merge(
     parts,
     sums,
@@ -72,7 +85,7 @@ def _merge(
     tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "least", "table_row"])
 def _decode(
     q,
     keys,
@@ -114,25 +127,23 @@ def _decode(
     MERGE_R: tl.constexpr,
     MERGE_S: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (key heads * BLOCKS, splits, rows). Scores are in units of log2, so that a weight is one exp2.
 
     A tile holds queries of one row, BLOCK_R of its `queries * GROUP` (query, head) pairs, query-major.
     """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     kv_head = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     row = tl.program_id(2)
+    # Lengths and page tables come from the step's beginning, not from the kernel just ahead.
     begin = tl.load(starts + row)
     count = tl.load(starts + row + 1) - begin
     length = tl.load(lengths + row)
-    if block * BLOCK_R >= count * GROUP:
-        return
 
     low = 0
     if WINDOW:
@@ -141,10 +152,24 @@ def _decode(
     span = length - low
     chunk = tl.maximum(tl.cdiv(tl.cdiv(span, splits), BLOCK_N) * BLOCK_N, least)
     used = tl.maximum(tl.cdiv(span, chunk), 1)
-    if split >= used:
-        return
     first = low + split * chunk
     last = tl.minimum(first + chunk, length)
+    pages = table + row.to(tl.int64) * table_row
+    if PDL:
+        if PREFETCH != "":
+            # All but the newest keys are there already: they are on their way while the kernel ahead ends.
+            EACH: tl.constexpr = 32 * WARPS // BLOCK_N
+            n = first + tl.arange(0, BLOCK_N)
+            page = tl.load(pages + n // PAGE, mask=n < last, other=0).to(tl.int64)
+            piece = (tl.arange(0, EACH) * (DIM // EACH))[None, :]
+            k_at = page * k_page + (n % PAGE) * k_slot + kv_head * k_head
+            v_at = page * v_page + (n % PAGE) * v_slot + kv_head * v_head
+            _prefetch(keys + k_at[:, None] + piece, PREFETCH)
+            _prefetch(values + v_at[:, None] + piece, PREFETCH)
+        gdc_wait()
+        gdc_launch_dependents()
+    if (block * BLOCK_R >= count * GROUP) | (split >= used):
+        return
 
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     live = r < count * GROUP
@@ -163,7 +188,6 @@ def _decode(
     top = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    pages = table + row.to(tl.int64) * table_row
     for n0 in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         n = n0 + tl.arange(0, BLOCK_N)
         held = n < last
@@ -242,6 +266,7 @@ class Tiles:
     warps: int
     stages: int
     programs: int
+    prefetch: bool = False
 
 
 def tiles(dim: int, block_r: int, itemsize: int) -> Tiles:
@@ -253,10 +278,17 @@ def tiles(dim: int, block_r: int, itemsize: int) -> Tiles:
     return Tiles(32, 4, 3, 2)
 
 
-def split_count(programs: int, context: int, least: int, wanted: int) -> int:
-    """Splits for `programs` tiles over at most `context` keys: enough programs to fill the device, no split
-    shorter than `least` keys."""
-    return max(1, min(triton.cdiv(wanted, programs), triton.cdiv(context, least)))
+def split_count(programs: int, context: int, least: int, room: int) -> int:
+    """Splits for `programs` tiles over at most `context` keys: as many programs as run at once on the device,
+    no split shorter than `least` keys."""
+    return max(1, min(room // programs, triton.cdiv(context, least)))
+
+
+def _prefetch_bytes(dim: int, cut: Tiles, itemsize: int) -> str:
+    """Bytes of a key that each thread asks for ahead, as text; "" where they are not whole 16-byte pieces."""
+    each = 32 * cut.warps // cut.block_n
+    size = dim * itemsize // each if each else 0
+    return str(size) if cut.prefetch and size and size % 16 == 0 and dim % each == 0 else ""
 
 
 @dataclass(frozen=True)
@@ -408,6 +440,8 @@ def paged_attention(
         MERGE_R=merge_r,
         MERGE_S=max(1, 8192 // (merge_r * block_d)),
         STAGES=p.cut.stages,
+        PREFETCH=_prefetch_bytes(dim, p.cut, q.element_size()),
+        WARPS=p.cut.warps,
         num_warps=p.cut.warps,
         **launch_options(q.device),
     )

@@ -26,8 +26,8 @@ def _angles(
     PDL: tl.constexpr,
 ):
     if PDL:
+        # The next kernel starts when this one has ended: kernels read angles before they wait.
         gdc_wait()
-        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, HALF)
     inside = at < half
@@ -104,15 +104,19 @@ def _store(
     PDL: tl.constexpr,
 ):
     """Heads of one token: query heads, then key heads, then value heads."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     half = dim // 2
     at = tl.arange(0, HALF)[None, :]
     pair = at < half
+    # Slots and angles come from the step's beginning, not from the kernel just ahead.
     slot = tl.load(slots + token).to(tl.int64)
+    if ROTATE:
+        c = tl.load(cos + token * dim + at, mask=pair, other=0.0).to(tl.float32)
+        s = tl.load(sin + token * dim + half + at, mask=pair, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     is_q = head < heads
     is_k = (head >= heads) & (head < heads + kv_heads) & (slot >= 0)
     is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads) & (slot >= 0)
@@ -154,8 +158,6 @@ def _store(
             else:
                 r = tl.where(turns, (r * rstd).to(narrow).to(tl.float32) * wr, r)
     if ROTATE:
-        c = tl.load(cos + token * dim + at, mask=pair, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * dim + half + at, mask=pair, other=0.0).to(tl.float32)
         a, b = tl.where(turns, a * c - b * s, a), tl.where(turns, b * c + a * s, b)
     tl.store(to_q + at, a, mask=is_q & pair)
     tl.store(to_q + half + at, b, mask=is_q & pair)
