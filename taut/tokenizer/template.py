@@ -541,9 +541,9 @@ def plain(value: Any) -> Any:
     object with methods of its own. What is none of these becomes its type's name, `"<ndarray>"`."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
+    for kind, base in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+        if isinstance(value, kind):  # a subclass, such as an enum, whose own __str__ may be another
+            return base(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list):

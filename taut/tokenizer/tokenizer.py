@@ -531,13 +531,7 @@ def _padded(row: Sequence[int], length: int, fill: int, side: str) -> list[int]:
 
 
 def _span_mask(row: tokenizers.Encoding, spans: list[tuple[int, int]]) -> list[int]:
-    """1 for each token that overlaps one of the character spans."""
-    mask = [0] * len(row.ids)
-    for start, stop in spans:
-        first = row.char_to_token(start)
-        if first is None:
-            break  # truncated
-        last = row.char_to_token(stop - 1)
-        for index in range(first, len(mask) if last is None else last + 1):
-            mask[index] = 1
-    return mask
+    """1 for each token that shares a character with one of the spans."""
+    # The offsets of a byte-level token leave out its spaces: one of spaces alone ends where it begins.
+    places = [(min(first, last - 1), last) for first, last in row.offsets]
+    return [int(any(start < last and first < stop for start, stop in spans)) for first, last in places]
