@@ -22,7 +22,9 @@ class Scoring:
 
     `causal`: a query sees keys up to its own position; `window`: only the last `window` of those (with
     `causal` off: keys nearer than `window` on both sides); `softcap`: `cap * tanh(score / cap)`; `slopes`
-    `[heads]`: ALiBi (Press et al. 2022), `slope * (key position - query position)` is added.
+    `[heads]`: ALiBi (Press et al. 2022), `slope * (key position - query position)` is added; `relative`
+    `[heads, 2 * reach + 1]`: a learned bias (T5), entry `reach + key position - query position` is added,
+    with distances beyond `reach` taken as `reach`.
     """
 
     scale: float
@@ -30,6 +32,7 @@ class Scoring:
     window: int | None = None
     softcap: float | None = None
     slopes: Tensor | None = None
+    relative: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,13 @@ def _alibi(queries: int, keys: int, slopes: Tensor) -> Tensor:
     return slopes.to(wide)[:, None, None] * (at - at[keys - queries :, None])
 
 
+def _relative(queries: int, keys: int, table: Tensor) -> Tensor:
+    """Relative bias `[heads, queries, keys]` from its table `[heads, 2 * reach + 1]`."""
+    reach = table.shape[1] // 2
+    at = torch.arange(keys, device=table.device)
+    return table[:, (at - at[keys - queries :, None]).clamp(-reach, reach) + reach]
+
+
 def _reference(q, k, v, starts, longest, scoring, pages):
     """The definition of right: one row at a time, scores in float32 (float64 for float64 input)."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -133,6 +143,8 @@ def _reference(q, k, v, starts, longest, scoring, pages):
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
         if scoring.slopes is not None:
             scores = scores + _alibi(len(qr), len(kr), scoring.slopes).to(wide)
+        if scoring.relative is not None:
+            scores = scores + _relative(len(qr), len(kr), scoring.relative).to(wide)
         if (seen := _visible(len(qr), len(kr), scoring, q.device)) is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vr).to(q.dtype))
@@ -211,6 +223,8 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
 def _sdpa_refuses(q: Tensor, scoring: Scoring) -> str | None:
     if scoring.softcap is not None:
         return f"scaled_dot_product_attention has no soft-cap (asked: {scoring.softcap})"
+    if scoring.relative is not None:
+        return "scaled_dot_product_attention takes a relative bias only as a whole mask"
     return None
 
 
