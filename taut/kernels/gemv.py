@@ -9,9 +9,12 @@ from torch import Tensor
 
 from taut.errors import RequestError
 from taut.kernels.act import ACTIVATIONS, glu
+from taut.kernels.dispatch import triton_refuses
 from taut.kernels.norm import rms_norm
 
 MAX_ROWS = 64
+# Beyond so many rows cuBLAS is as fast.
+WINNING_ROWS = 16
 
 
 def gemv_reference(
@@ -51,6 +54,13 @@ def refuses(x: Tensor, weight: Tensor) -> str | None:
     if not weight.is_contiguous() or weight.shape[1] % 16:
         return f"wants a contiguous weight with inputs divisible by 16; it is {list(weight.shape)}"
     return None
+
+
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of these is `gemv`'s: inference on a GPU, with as few rows as it wins for."""
+    if not x.is_cuda or x.shape[0] > WINNING_ROWS or torch.is_grad_enabled():
+        return False
+    return triton_refuses(x) is None and refuses(x, weight) is None
 
 
 def gemv(

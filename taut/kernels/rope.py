@@ -44,12 +44,17 @@ def rotate_and_store(
     queries, `[tokens, heads, head_dim]`.
     """
     split = qkv.unflatten(-1, (heads + 2 * kv_heads, keys.shape[-1]))
-    q, k, v = split[:, :heads], split[:, heads : heads + kv_heads], split[:, heads + kv_heads :]
+    qk, v = split[:, : heads + kv_heads], split[:, heads + kv_heads :]
     if q_weight is not None:
-        q, k = rms_norm(q, q_weight, eps, offset), rms_norm(k, k_weight, eps, offset)
+        q, k = rms_norm(qk[:, :heads], q_weight, eps, offset), rms_norm(qk[:, heads:], k_weight, eps, offset)
+        qk = torch.cat((q, k), 1)
     if cos is not None:
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    kept = slots >= 0
-    keys.flatten(0, 1).index_copy_(0, slots[kept], k[kept])
-    values.flatten(0, 1).index_copy_(0, slots[kept], v[kept])
-    return q.contiguous()
+        qk = rotate(qk, cos, sin)
+    q, k = qk[:, :heads], qk[:, heads:]
+    if (kept := slots >= 0).all():
+        keys.flatten(0, 1).index_copy_(0, slots, k)
+        values.flatten(0, 1).index_copy_(0, slots, v)
+    else:
+        keys.flatten(0, 1).index_copy_(0, slots[kept], k[kept])
+        values.flatten(0, 1).index_copy_(0, slots[kept], v[kept])
+    return q

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +24,8 @@ class Block(nn.Module):
     def __init__(self, layer: Layer, dim: int, index: int, *, dtype: torch.dtype | None = None):
         super().__init__()
 
-        def norm(config: NormConfig | None) -> nn.Module:
-            return Norm(config, dim, dtype=dtype) if config is not None else nn.Identity()
+        def norm(config: NormConfig | None) -> Norm | None:
+            return Norm(config, dim, dtype=dtype) if config is not None else None
 
         self.config = layer
         self.input_layernorm = norm(layer.pre_attn)
@@ -33,8 +36,15 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = norm(layer.post_mlp)
 
     def forward(self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), batch, rotation))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        attend = partial(self.self_attn, batch=batch, rotation=rotation)
+        x = _branch(x, self.input_layernorm, attend, self.post_attention_layernorm)
+        return _branch(x, self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm)
+
+
+def _branch(x: Tensor, pre: Norm | None, inner: Callable[..., Tensor], post: Norm | None) -> Tensor:
+    """`x + post(inner(pre(x)))`; the inner module does the norm before, and the sum where nothing stands
+    between."""
+    return inner(x, norm=pre, residual=x) if post is None else x + post(inner(x, norm=pre))
 
 
 class Decoder(nn.Module):

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taut.kernels.dispatch import ops
+from taut.kernels.gemv import fuses, gemv
 from taut.kernels.linear import block, linear, why_not_blocked
+from taut.layers.norm import Norm
 
 
 class Linear(nn.Module):
@@ -34,10 +37,25 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        norm: Norm | None = None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`residual + glu(norm(x) W^T + b)`, each part only where given: what stands around a product in a
+        block is part of the call, since for a few rows on a GPU one kernel does it all."""
         if self.weight.is_mkldnn and torch.is_grad_enabled():
             self.unblock()
-        return linear(x, self.weight, self.bias)
+        if fuses(x, self.weight) and (norm is None or norm.config.kind == "rms"):
+            before = {} if norm is None else norm.arguments()
+            return gemv(x, self.weight, self.bias, act=act, residual=residual, **before)
+        y = linear(x if norm is None else norm(x), self.weight, self.bias)
+        if act is not None:
+            y = ops("act", y).glu(y, act)
+        return y if residual is None else residual + y
 
     def block(self) -> None:
         """Keep the weight in the layout that the CPU reads fastest, if there is one for it. The parameter

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from taut.config import Mlp
-from taut.kernels.act import glu
 from taut.layers.linear import Linear
+from taut.layers.norm import Norm
 
 
 class GatedMlp(nn.Module):
@@ -20,5 +20,6 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = Linear(dim, parts, bias=config.bias, dtype=dtype)
         self.down_proj = Linear(config.hidden, dim, bias=config.bias, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(glu(self.gate_up_proj(x), self.config.act))
+    def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """`residual + down(act(gate(n)) * up(n))` with `n = norm(x)`, norm and residual where given."""
+        return self.down_proj(self.gate_up_proj(x, norm=norm, act=self.config.act), residual=residual)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from taut.config import Norm as NormConfig
-from taut.kernels.norm import layer_norm, rms_norm
+from taut.kernels.dispatch import ops
 
 
 class Norm(nn.Module):
@@ -19,9 +21,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim, dtype=dtype)) if config.kind == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        kernel = ops("norm", x)
         if self.config.kind == "rms":
-            return rms_norm(x, self.weight, self.config.eps, self.config.offset)
-        return layer_norm(x, self.weight, self.bias, self.config.eps)
+            return kernel.rms_norm(x, self.weight, self.config.eps, self.config.offset)
+        return kernel.layer_norm(x, self.weight, self.bias, self.config.eps)
+
+    def arguments(self) -> dict[str, Any]:
+        """An RMSNorm as the arguments of a kernel that does it before something else."""
+        return {"norm_weight": self.weight, "eps": self.config.eps, "offset": self.config.offset}
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.config.kind}, eps={self.config.eps}"

@@ -114,7 +114,7 @@ def last_letter_bias(ids, scores):
         {"max_new_tokens": 30, "stopping_criteria": [stopping_criteria.EosTokenCriteria([25, 44])]},
         {"max_new_tokens": 3, "temperature": 0.0, "num_beams": 1, "use_cache": False},
     ],
-    ids=str,
+    ids=",".join,
 )
 def test_greedy_output_is_that_of_transformers(pair, options):
     theirs, model = pair
