@@ -94,9 +94,13 @@ class Budget:
         if self._total < 0:
             raise OverLimitError("the values it makes take too much memory")
 
+    def size(self, value: Any) -> int:
+        """The size of `value`; anything larger than a value may be has one size."""
+        return len(value) if isinstance(value, str) else _weigh(value, self._value)
+
     def own(self, value: Any) -> Any:
         """`value`, measured and counted."""
-        self.charge(len(value) if isinstance(value, str) else _weigh(value, self._value))
+        self.charge(self.size(value))
         return value
 
 
@@ -268,7 +272,7 @@ _STR_METHODS = frozenset(
 )
 _METHODS: tuple[tuple[type | tuple[type, ...], frozenset[str]], ...] = (
     (str, _STR_METHODS),
-    (dict, frozenset({"copy", "get", "items", "keys", "values"})),
+    (dict, frozenset({"get", "items", "keys", "values"})),
     ((list, tuple), frozenset({"copy", "count", "index"})),
     ((bytes, bytearray, int, float, complex, range, set, frozenset, *_VIEWS), frozenset()),
 )
@@ -280,11 +284,11 @@ _WIDTH_FILTERS = frozenset({"batch", "center", "indent", "round", "slice"})
 
 
 class _Formatter(SandboxedFormatter):
-    """`str.format` that refuses wide columns."""
+    """`str.format` that refuses wide columns and counts each field."""
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         _check_widths(format_spec)
-        return super().format_field(value, format_spec)
+        return self._env.budget.own(super().format_field(value, format_spec))
 
 
 def _check_widths(text: str) -> None:
@@ -293,7 +297,8 @@ def _check_widths(text: str) -> None:
             raise OverLimitError(f"it formats to a width of {number[:12]}; at most {MAX_WIDTH}")
 
 
-def _check_percent(text: str) -> None:
+def _check_percent(budget: Budget, text: str, values: Any) -> None:
+    budget.fits(len(text) + text.count("%") * budget.size(values))
     for conversion in re.findall(r"%(?:\([^)]*\))?[-#0 +]*([\d.*]*)", text):
         if "*" in conversion:
             raise OverLimitError("it formats to a width that it computes")
@@ -325,7 +330,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["_own"] = _internal(budget.own)
         self.filters["_step"] = _internal(lambda value: value)
         self.filters["_slice"] = _internal(self._sliced)
-        self.filters["_concat"] = _internal(lambda parts: self.concat([str(part) for part in parts]))
+        self.filters["_concat"] = _internal(self._joined)
         self.tests = {name: _filter(name, f) for name, f in TESTS.items()}
         del self.globals["lipsum"]
         self.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
@@ -348,6 +353,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         size = sum(map(len, pieces))
         self.budget.charge(size)
         return "".join(pieces)
+
+    def _joined(self, parts: list[Any]) -> str:
+        return self.concat([part if type(part) is str else self.budget.own(str(part)) for part in parts])
 
     def _sliced(self, value: Any) -> Any:
         if isinstance(value, (str, list, tuple)):
@@ -379,7 +387,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             args = _check_str_method(budget, owner, __obj.__name__, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
-        return result if isinstance(owner, dict) else budget.own(result)
+        same = isinstance(owner, dict)  # what it returns, the dict has
+        return result if same else budget.own(result)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         budget = self.budget
@@ -389,7 +398,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(many, (str, bytes, list, tuple)) and isinstance(times, int):
                     budget.fits(len(many) * max(times, 0) * (1 if isinstance(many, (str, bytes)) else ITEM))
         if operator == "%" and isinstance(left, str):
-            _check_percent(left)
+            _check_percent(budget, left, right)
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = (
                 left.bit_length() * max(right, 1)
@@ -417,7 +426,7 @@ def _check_str_method(budget: Budget, text: str, name: str, args: tuple, kwargs:
 
 
 def _check_join(budget: Budget, separator: str, parts: list) -> None:
-    budget.fits(len(separator) * len(parts) + sum(len(part) for part in parts if isinstance(part, str)))
+    budget.fits(len(separator) * len(parts) + budget.size(parts))
 
 
 def _check_replace(budget: Budget, text: str, old: Any, new: Any) -> None:
@@ -446,7 +455,7 @@ def _check_filter(budget: Budget, name: str, value: Any, args: tuple, kwargs: di
         if name == "indent" and isinstance(value, str):
             budget.fits(len(value) + (1 + value.count("\n")) * widest)
     elif name == "format" and isinstance(value, str):
-        _check_percent(value)
+        _check_percent(budget, value, (*args, kwargs))
     elif name == "join":
         value = list(value)
         separator = next((option for option in options if isinstance(option, str)), "")

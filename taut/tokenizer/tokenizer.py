@@ -76,7 +76,11 @@ class Tokenizer(Vocabulary):
         self.chat_template = dict(chat_template) if isinstance(chat_template, Mapping) else chat_template
         self.padding_side = padding_side
         self.truncation_side = truncation_side
-        self.model_max_length = NO_LIMIT if model_max_length is None else int(model_max_length)
+        if not isinstance(model_max_length, (int, float, type(None))):
+            raise TokenizerError(f"model_max_length must be a number, not {show(model_max_length)}")
+        self.model_max_length = NO_LIMIT if model_max_length is None else int(min(model_max_length, NO_LIMIT))
+        if not isinstance(model_input_names, (list, tuple)):
+            raise TokenizerError(f"model_input_names must be a list, not {show(model_input_names)}")
         self.model_input_names = list(model_input_names)
         self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
         self.split_special_tokens = bool(split_special_tokens)
@@ -202,7 +206,7 @@ class Tokenizer(Vocabulary):
             if cut is None:
                 self._backend.no_truncation()
             else:
-                self._truncate(cut)
+                self._backend.enable_truncation(**cut)
             if pad is None:
                 self._backend.no_padding()
             else:
@@ -297,6 +301,8 @@ class Tokenizer(Vocabulary):
             }
         if cut == "do_not_truncate":
             return padding_settings, None
+        if not 0 <= stride < max(length, 1):
+            raise TokenizerError(f"stride={stride} does not fit max_length={length}: it must be smaller")
         if padding_settings and pad_to_multiple_of and length % pad_to_multiple_of:
             raise TokenizerError(
                 f"truncation to {length} tokens and padding to a multiple of {pad_to_multiple_of} contradict "
@@ -309,14 +315,6 @@ class Tokenizer(Vocabulary):
             "direction": self.truncation_side,
         }
         return padding_settings, settings
-
-    def _truncate(self, settings: dict[str, Any]) -> None:
-        try:
-            self._backend.enable_truncation(**settings)
-        except Exception as error:  # the Rust library raises plain exceptions
-            raise TokenizerError(
-                f"stride={settings['stride']} does not fit max_length={settings['max_length']}: {error}"
-            ) from error
 
     def _warn_if_long(self, encodings: list[tokenizers.Encoding]) -> None:
         longest = max((len(row.ids) for row in encodings), default=0)
