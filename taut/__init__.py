@@ -21,6 +21,7 @@ _HOMES = {
     "TautError": "taut.errors",
     "TextIteratorStreamer": "taut.engine.streamers",
     "TextStreamer": "taut.engine.streamers",
+    "attention_kernel": "taut.kernels.attention",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from taut.engine.streamers import TextIteratorStreamer as TextIteratorStreamer
     from taut.engine.streamers import TextStreamer as TextStreamer
     from taut.errors import TautError as TautError
+    from taut.kernels.attention import attention_kernel as attention_kernel
     from taut.modeling import CausalLM as CausalLM
     from taut.tokenizer import AutoTokenizer as AutoTokenizer
 

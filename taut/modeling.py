@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,14 +25,21 @@ from taut.engine.generation import GenerationConfig
 from taut.engine.stream import Stream
 from taut.errors import RequestError, nearest
 from taut.hub import resolve
-from taut.kernels.attention import CANDIDATES
+from taut.kernels.attention import explain
 from taut.layers.attention import Attention
 from taut.layers.block import Decoder
 from taut.layers.linear import Linear
 from taut.models import family, read_config
+from taut.plan import Plan, make_plan
 
 # What a file may hold beside its weights: angles that older exports stored, and a head that is tied anyway.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached", "*.masked_bias")
+
+
+# Names of attention in transformers -> the candidates of `kernels.attention` that they stand for.
+IMPLEMENTATIONS: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
+    {"auto": None, "flash_attention_2": ("paged", "flash"), "sdpa": ("sdpa",), "eager": ("eager",)}
+)
 
 
 class ModelOutput(dict):
@@ -255,6 +264,8 @@ class CausalLM(nn.Module):
         device_map: str | int | torch.device | dict[str, Any] | None = None,
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
+        use_flash_attention_2: bool = False,
+        strict: bool = False,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -268,13 +279,21 @@ class CausalLM(nn.Module):
         `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and 8-bit GGUF
         files, which are dequantized, bfloat16 where the device computes in it. `device_map` (or `device`):
         "auto" (the first GPU, otherwise the CPU), a device, or `{"": device}`; default CPU.
-        `attn_implementation`: "auto", "sdpa" or "eager" (the reference). `progress`: a bar on the
-        terminal; default: only if stderr is one and the load is large enough to be seen.
+        `attn_implementation`, `strict`: see `set_attn_implementation`; `use_flash_attention_2=True` is the
+        older way to ask for "flash_attention_2". `progress`: a bar on the terminal; default: only if stderr
+        is one.
 
         Raises `CheckpointError` (files), `ConfigError` (config.json) or `WeightsError` (tensors that don't
         fit the config); nothing half-loaded remains.
         """
         _reject(unknown)
+        if use_flash_attention_2:
+            if attn_implementation not in (None, "flash_attention_2"):
+                raise RequestError(
+                    f"use_flash_attention_2=True and attn_implementation={attn_implementation!r} ask for two "
+                    "things; leave one out"
+                )
+            attn_implementation = "flash_attention_2"
         path = resolve(
             str(name),
             revision=revision,
@@ -289,7 +308,6 @@ class CausalLM(nn.Module):
         kind = _dtype(torch_dtype if torch_dtype is not None else dtype, config, checkpoint, target)
         with torch.device("meta"):
             model = cls(config, dtype=kind)
-        model.set_attn_implementation(attn_implementation or "auto")
         ignored = _IGNORED if not config.tied else (*_IGNORED, "lm_head.weight")
         with _progress(progress, str(name)) as report:
             weights.load(
@@ -302,6 +320,7 @@ class CausalLM(nn.Module):
                 progress=report,
             )
         model.generation_config = GenerationConfig.from_dict({**_token_ids(config), **checkpoint.generation})
+        model.set_attn_implementation(attn_implementation or "auto", strict=strict)
         return model.eval()
 
     @classmethod
@@ -325,16 +344,50 @@ class CausalLM(nn.Module):
                 nn.init.normal_(param, std=std)
         return self
 
-    def set_attn_implementation(self, name: str) -> None:
-        """Restrict attention to one implementation; "auto" allows all, in order of preference."""
-        if name != "auto" and name not in CANDIDATES:
+    def set_attn_implementation(self, name: str, *, strict: bool = False) -> None:
+        """Restrict attention to one implementation; "auto" allows all, in order of preference.
+
+        "flash_attention_2" is Taut's packed flash kernel and its decode kernel, for float16 and bfloat16 on
+        a GPU; "sdpa" PyTorch's; "eager" the reference. `strict` with "auto": what the device runs best, or
+        an error; no fallback. Raises `RequestError` where this model on its device can't have it.
+        """
+        if name not in IMPLEMENTATIONS:
             raise RequestError(
-                f"attn_implementation is {name!r}; known: auto, {', '.join(CANDIDATES)}"
-                f"{nearest(name, CANDIDATES)}"
+                f"attn_implementation is {name!r}; known: {', '.join(IMPLEMENTATIONS)}"
+                f"{nearest(name, IMPLEMENTATIONS)}"
             )
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.only = None if name == "auto" else (name,)
+        if name == "auto" and strict:
+            name = "flash_attention_2" if self.device.type == "cuda" else "sdpa"
+        if name == "flash_attention_2" and self.dtype not in (torch.float16, torch.bfloat16):
+            raise RequestError(
+                f"flash_attention_2 takes float16 and bfloat16, and the model is {self.dtype}; load it with "
+                "dtype=torch.bfloat16, or with attn_implementation='auto'"
+            )
+        only = IMPLEMENTATIONS[name]
+        moves = name == "flash_attention_2" and self.device.type == "cpu" and torch.cuda.is_available()
+        if moves:
+            warnings.warn(
+                "flash_attention_2 runs on GPUs; move the model there: model.to('cuda')", stacklevel=2
+            )
+        for layer in self.model.layers:
+            if only is not None and self.device.type != "meta" and not moves:
+                self._require(layer.self_attn, only, name)
+            layer.self_attn.only = only
+
+    def _require(self, attn: Attention, only: tuple[str, ...], name: str) -> None:
+        """Raise unless one of `only` can take this layer's attention on its device."""
+        q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=self.dtype, device=self.device)
+        offers = explain(q, 2, attn.scoring, only=only)
+        if all(why is not None for _, why in offers):
+            reasons = "; ".join(f"{candidate}: {why}" for candidate, why in offers if candidate in only)
+            raise RequestError(
+                f"attn_implementation={name!r} can't run layer {attn.index} of this model on {self.device}: "
+                f"{reasons}; load it with attn_implementation='auto'"
+            )
+
+    def plan(self) -> Plan:
+        """What runs for every op of every layer on the model's device, and why not what comes before it."""
+        return make_plan(self)
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Write `config.json`, `generation_config.json` and safetensors under the names that transformers
@@ -374,7 +427,6 @@ _LATER = {
     "load_in_4bit": "4-bit loading",
     "load_in_8bit": "8-bit loading",
     "quantization_config": "quantized loading",
-    "use_flash_attention_2": "the packed flash kernel",
     "max_memory": "placement under memory caps",
 }
 

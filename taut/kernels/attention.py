@@ -5,15 +5,19 @@ Every implementation is a candidate in `CANDIDATES`, tried in order: each accept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from taut.errors import RequestError
+from taut.errors import RequestError, nearest
+from taut.kernels.dispatch import device_refuses
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ def write_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
     pages.values.flatten(0, 1).index_copy_(0, slots, v)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation: `refuse(q, longest, scoring, pages)` says why it can't take a call, or None;
+    `run` takes what `attention` takes, less the restriction. `backend` is what PyTorch calls its kind."""
+
+    refuse: Callable[[Tensor, int, Scoring, Pages | None], str | None]
+    run: Callable[..., Tensor]
+    backend: str | None = None
+
+
 def attention(
     q: Tensor,
     k: Tensor | None,
@@ -64,22 +78,67 @@ def attention(
     pages: Pages | None = None,
     only: tuple[str, ...] | None = None,
 ) -> Tensor:
-    """Attention of packed queries.
+    """Attention of packed queries, by the first candidate that takes the call.
 
     `q` `[tokens, heads, head_dim]`; `starts` `[rows + 1]` the row boundaries; keys are `k`, `v`
     `[tokens, kv_heads, head_dim]`, or those in `pages`. Query head h reads key head
-    `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`. `only` names the candidates allowed.
+    `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`. `only` names the candidates allowed;
+    `taut.attention_kernel` and PyTorch's `sdpa_kernel` restrict them as well. Where none is left, the
+    `RequestError` lists each with its reason.
     """
-    reasons = []
-    for name, (refuse, run) in CANDIDATES.items():
-        if only is not None and name not in only:
-            reasons.append(f"{name}: not among the implementations asked for ({', '.join(only)})")
-            continue
-        if (why := refuse(q, scoring)) is not None:
-            reasons.append(f"{name}: {why}")
-            continue
-        return run(q, k, v, starts, longest, scoring, pages)
+    for name, candidate in CANDIDATES.items():
+        if _refusal(name, candidate, q, longest, scoring, pages, only) is None:
+            return candidate.run(q, k, v, starts, longest, scoring, pages)
+    reasons = [f"{name}: {why}" for name, why in explain(q, longest, scoring, pages, only)]
     raise RequestError("no attention implementation is left: " + "; ".join(reasons))
+
+
+def explain(
+    q: Tensor, longest: int, scoring: Scoring, pages: Pages | None = None, only: tuple[str, ...] | None = None
+) -> list[tuple[str, str | None]]:
+    """Each candidate in order, with why it can't take the call, or None. The first that can is taken."""
+    return [(name, _refusal(name, c, q, longest, scoring, pages, only)) for name, c in CANDIDATES.items()]
+
+
+# The candidates that `attention_kernel` allows in this context; None for all.
+_allowed: ContextVar[tuple[str, ...] | None] = ContextVar("taut_attention_kernel", default=None)
+
+
+@contextmanager
+def attention_kernel(*names: str) -> Iterator[None]:
+    """Allow only these implementations of attention inside the block, as `torch.nn.attention.sdpa_kernel`
+    does for PyTorch's (which Taut obeys too). Where none of them can take a call, it raises."""
+    for name in names:
+        if name not in CANDIDATES:
+            raise RequestError(
+                f"attention kernel {name!r} is unknown; known: {', '.join(CANDIDATES)}"
+                f"{nearest(name, CANDIDATES)}"
+            )
+    token = _allowed.set(names)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def _refusal(
+    name: str,
+    candidate: Candidate,
+    q: Tensor,
+    longest: int,
+    scoring: Scoring,
+    pages: Pages | None,
+    only: tuple[str, ...] | None,
+) -> str | None:
+    for allowed in (only, _allowed.get()):
+        if allowed is not None and name not in allowed:
+            return f"not among the implementations asked for ({', '.join(allowed)})"
+    if (
+        candidate.backend is not None
+        and not getattr(torch.backends.cuda, f"{candidate.backend}_sdp_enabled")()
+    ):
+        return f"PyTorch's sdpa_kernel leaves {candidate.backend} attention out"
+    return candidate.refuse(q, longest, scoring, pages)
 
 
 def _rows(
@@ -220,7 +279,7 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
     return out.reshape(rows, heads, dim)
 
 
-def _sdpa_refuses(q: Tensor, scoring: Scoring) -> str | None:
+def _sdpa_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
     if scoring.softcap is not None:
         return f"scaled_dot_product_attention has no soft-cap (asked: {scoring.softcap})"
     if scoring.relative is not None:
@@ -228,11 +287,41 @@ def _sdpa_refuses(q: Tensor, scoring: Scoring) -> str | None:
     return None
 
 
-def _reference_refuses(q: Tensor, scoring: Scoring) -> str | None:
-    return None
+def _flash_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
+    if (why := device_refuses(q.device)) is not None:
+        return why
+    from taut.kernels.flash import why_not
+
+    return why_not(q, scoring)
 
 
-CANDIDATES: dict[str, tuple[Callable, Callable]] = {
-    "sdpa": (_sdpa_refuses, _sdpa),
-    "eager": (_reference_refuses, _reference),
-}
+def _flash(q, k, v, starts, longest, scoring, pages):
+    """Taut's FlashAttention over packed rows; see `kernels.flash`."""
+    from taut.kernels.flash import flash_attention
+
+    return flash_attention(q, k, v, starts, longest, scoring, pages)
+
+
+def _paged_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
+    if (why := device_refuses(q.device)) is not None:
+        return why
+    from taut.kernels.paged_triton import refuses
+
+    return refuses(q, longest, scoring, pages)
+
+
+def _paged(q, k, v, starts, longest, scoring, pages):
+    """Taut's decode attention, split over the keys; see `kernels.paged_triton`."""
+    from taut.kernels.paged_triton import paged_attention
+
+    return paged_attention(q, starts, longest, scoring, pages)
+
+
+CANDIDATES: Mapping[str, Candidate] = MappingProxyType(
+    {
+        "paged": Candidate(_paged_refuses, _paged, backend="flash"),
+        "flash": Candidate(_flash_refuses, _flash, backend="flash"),
+        "sdpa": Candidate(_sdpa_refuses, _sdpa),
+        "eager": Candidate(lambda *call: None, _reference, backend="math"),
+    }
+)

@@ -1,0 +1,119 @@
+"""`model.plan()`: what runs for every op of every layer, and why not what would come before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from taut.kernels import gemv
+from taut.kernels.attention import Pages, explain
+from taut.kernels.dispatch import device_refuses, triton_refuses
+from taut.kernels.linear import why_not_blocked
+
+if TYPE_CHECKING:
+    from taut.layers.attention import Attention
+    from taut.layers.block import Block
+    from taut.layers.linear import Linear
+    from taut.modeling import CausalLM
+
+Offer = tuple[str, str | None]  # an implementation, and why it can't be taken
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers `[first, last]` run `op` by `chosen`; `passed` are those before it, each with its reason."""
+
+    first: int
+    last: int
+    op: str
+    chosen: str
+    passed: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices of a whole model, in order; printing it gives one table."""
+
+    device: str
+    dtype: str
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.device}, {self.dtype}", title_justify="left")
+        for column in ("layers", "op", "runs on", "passed over"):
+            table.add_column(column, overflow="fold")
+        for c in self.choices:
+            layers = str(c.first) if c.first == c.last else f"{c.first}-{c.last}"
+            reasons = "\n".join(f"{name}: {why}" for name, why in c.passed)
+            table.add_row(layers, c.op, c.chosen, reasons)
+        console = Console(width=110)
+        with console.capture() as text:
+            console.print(table)
+        return text.get()
+
+    __repr__ = __str__
+
+
+def make_plan(model: CausalLM) -> Plan:
+    """The plan of a model on its device, in its dtype; neighbours that run alike share a line."""
+    layers = [_layer(model, block) for block in model.model.layers]
+    choices = []
+    for op in layers[0] if layers else ():
+        first = 0
+        for last, offers in enumerate(layers):
+            if last + 1 < len(layers) and layers[last + 1][op] == offers[op]:
+                continue
+            choices.append(_choice(first, last, op, offers[op]))
+            first = last + 1
+    return Plan(str(model.device), str(model.dtype).removeprefix("torch."), tuple(choices))
+
+
+def _choice(first: int, last: int, op: str, offers: list[Offer]) -> Choice:
+    passed = []
+    for name, why in offers:
+        if why is None:
+            return Choice(first, last, op, name, tuple(passed))
+        passed.append((name, why))
+    return Choice(first, last, op, "nothing: it raises", tuple(passed))
+
+
+def _layer(model: CausalLM, block: Block) -> dict[str, list[Offer]]:
+    x = torch.empty(1, model.config.dim, dtype=model.dtype, device=model.device)
+    elementwise: list[Offer] = [("triton", triton_refuses(x)), ("reference", None)]
+    attn = block.self_attn
+    return {
+        "norm, rotation, activation": elementwise,
+        "products of 1 row": _products(x, attn.qkv_proj, 1),
+        "products of 512 rows": _products(x, attn.qkv_proj, 512),
+        "attention of a prompt": _attention(model, attn, 512, cached=False),
+        "attention of a cached prompt": _attention(model, attn, 512, cached=True),
+        "attention of a decode step": _attention(model, attn, 1, cached=True),
+    }
+
+
+def _attention(model: CausalLM, attn: Attention, longest: int, *, cached: bool) -> list[Offer]:
+    c = attn.config
+    q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
+    pages = None
+    if cached:
+        keys = torch.empty(1, 16, c.kv_heads, c.head_dim, dtype=model.dtype, device=model.device)
+        table = torch.zeros(1, 1, dtype=torch.int32, device=model.device)
+        pages = Pages(keys, keys, table, table[0], longest)
+    with torch.inference_mode():
+        return explain(q, longest, attn.scoring, pages, attn.only)
+
+
+def _products(x: torch.Tensor, linear: Linear, rows: int) -> list[Offer]:
+    weight, x = linear.weight, x.expand(rows, -1)
+    if x.is_cuda:
+        why = device_refuses(x.device) or gemv.refuses(x, weight)
+        if why is None and rows > gemv.WINNING_ROWS:
+            why = f"cuBLAS is as fast beyond {gemv.WINNING_ROWS} rows"
+        return [("gemv", why), ("cuBLAS", None)]
+    why = None if weight.is_mkldnn else why_not_blocked(weight) or "made when generation begins"
+    return [("oneDNN, blocked weight", why), ("PyTorch", None)]

@@ -1,0 +1,107 @@
+"""What runs where, and why not something else: the plan, the names of attention, and the context managers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import taut
+from taut import AutoModelForCausalLM
+from taut.errors import RequestError
+from tests.families import CASES, checkpoint
+
+LLAMA = CASES[0]
+GEMMA2 = next(case for case in CASES if case.name == "gemma2")
+IDS = torch.tensor([[5, 9, 17, 3]])
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def load(case=LLAMA, **options):
+    return AutoModelForCausalLM.from_pretrained(checkpoint(case), **options)
+
+
+def test_the_plan_names_each_choice_and_the_reasons_against_the_others():
+    plan = load(GEMMA2).plan()
+    choice = next(c for c in plan.choices if c.op == "attention of a prompt")
+    assert (choice.first, choice.last, choice.chosen) == (0, 2, "eager")
+    assert [name for name, _ in choice.passed] == ["paged", "flash", "sdpa"]
+    assert "has no soft-cap (asked: 50.0)" in dict(choice.passed)["sdpa"]
+    text = str(plan)
+    assert "attention of a decode step" in text and "no soft-cap" in text
+
+
+def test_layers_that_run_alike_share_a_line():
+    model = load()
+    model.model.layers[1].self_attn.only = ("eager",)
+    lines = [c for c in model.plan().choices if c.op == "attention of a decode step"]
+    assert [(c.first, c.last, c.chosen) for c in lines] == [(0, 0, "sdpa"), (1, 1, "eager"), (2, 2, "sdpa")]
+
+
+def test_the_plan_is_what_runs(monkeypatch):
+    """A candidate that would be chosen is the one that is called."""
+    from dataclasses import replace
+
+    from taut.kernels import attention
+
+    called = []
+
+    def watch(name, candidate):
+        def run(*call):
+            called.append(name)
+            return candidate.run(*call)
+
+        return replace(candidate, run=run)
+
+    watched = {name: watch(name, c) for name, c in attention.CANDIDATES.items()}
+    monkeypatch.setattr(attention, "CANDIDATES", watched)
+    model = load()
+    model(IDS)
+    choice = next(c for c in model.plan().choices if c.op == "attention of a prompt")
+    assert called == [choice.chosen] * 3
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [
+        (LLAMA, {"use_flash_attention_2": True, "dtype": "float32"}, "takes float16 and bfloat16"),
+        (LLAMA, {"use_flash_attention_2": True, "attn_implementation": "sdpa"}, "ask for two things"),
+        (GEMMA2, {"attn_implementation": "sdpa"}, "can't run layer 0 .*soft-cap.*attn_implementation='auto'"),
+        (GEMMA2, {"strict": True}, "can't run layer 0 .*soft-cap"),
+        pytest.param(
+            LLAMA,
+            {"attn_implementation": "flash_attention_2", "dtype": "bfloat16"},
+            "paged: runs on NVIDIA GPUs, not on cpu; flash: runs on NVIDIA GPUs",
+            marks=no_gpu,
+        ),
+    ],
+)
+def test_what_a_model_cannot_have_is_an_error_at_load(case, options, message):
+    with pytest.raises(RequestError, match=message):
+        load(case, **options)
+
+
+def test_strict_loads_where_nothing_falls_back():
+    model = load(strict=True)
+    assert torch.equal(model(IDS).logits, load()(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_context_manager_restricts_and_lists_reasons(name):
+    model, capped = load(), load(GEMMA2)
+    with taut.attention_kernel(name):
+        model(IDS)
+        model.generate(IDS, max_new_tokens=2)
+        if name == "sdpa":
+            with pytest.raises(RequestError, match=r"eager: not among .*\(sdpa\)"):
+                capped(IDS)
+    capped(IDS)
+    with pytest.raises(RequestError, match=r"attention kernel 'sdp' is unknown; known: .*; nearest: sdpa"):
+        taut.attention_kernel("sdp").__enter__()
+
+
+def test_pytorchs_own_context_manager_restricts_the_reference_too():
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with pytest.raises(RequestError, match="eager: PyTorch's sdpa_kernel leaves math attention out"):
+            load(GEMMA2)(IDS)
+        load()(IDS)
