@@ -239,3 +239,24 @@ def test_saved_is_loaded_equal(kind: str, folder_of: Callable[[str], Path], tmp_
             assert_equal(ours(text), again(text))
             assert ours.decode(ours(text).input_ids) == again.decode(ours(text).input_ids)
         assert_equal(ours([TEXTS[2]], [TEXTS[3]]), again([TEXTS[2]], [TEXTS[3]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("GPT2Tokenizer", "byte_level"),
+        ("Qwen2TokenizerFast", "byte_level"),
+        ("LlamaTokenizer", "llama"),
+        ("LlamaTokenizerFast", "byte_level"),
+        ("BertTokenizerFast", "wordpiece"),
+        ("T5Tokenizer", "unigram"),
+        ("PreTrainedTokenizerFast", "byte_level"),
+    ],
+)
+def test_what_a_class_implies(name: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folders[kind] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{name}"}}')
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for attribute in ("special_tokens_map", "padding_side", "model_input_names", "model_max_length"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute)
