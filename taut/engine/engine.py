@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Request
 from taut.engine.runner import Runner
@@ -73,6 +74,9 @@ class Engine:
         )
         self.runner = Runner(model, page_size, num_pages)
         self.sampler = Sampler() if sampler is None else sampler
+        # Decode steps as graphs, with one step under way while the host reads the one before.
+        self.graphs = DecodeGraph(self.runner) if sampler is None and refuses(model) is None else None
+        self._under_way: Pending | None = None
         self._submitted = 0
         self._lock = threading.RLock()
 
@@ -119,9 +123,13 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one batch; what it did for each request that got a token or ended. [] without work."""
         with self._lock, torch.inference_mode():
+            if self._under_way is not None:
+                return self._read(self._under_way)
             work = self.scheduler.schedule()
             if not work:
                 return []
+            if self.graphs is not None and self.graphs.accepts(work):
+                return self._read(self.graphs.start(work))
             logits = self.runner(work)
             ready = [item for item in work if item.ready]
             chosen = [] if logits is None else self._sample(logits, ready)
@@ -149,6 +157,28 @@ class Engine:
                 events.append(Event(request, [token]))
             events += [Event(request, []) for request in self._expired()]
             return events
+
+    def _read(self, pending: Pending) -> list[Event]:
+        """Launch the step after `pending`, if it is sure to be for the same rows, then take in the tokens of
+        `pending`, for which the host waits meanwhile."""
+        following = self.scheduler.ahead(pending.work)
+        self._under_way = None if following is None else self.graphs.follow(pending, following)
+        events = []
+        for item, token in zip(pending.work, pending.tokens(), strict=True):
+            request = item.request
+            if request.finished:  # it ended while this step was under way: the token is not part of it
+                continue
+            if token < 0:
+                self._fail(item, NumericsError())
+                events.append(Event(request, []))
+                continue
+            self.scheduler.commit(item, token)
+            self._end(request, token)
+            events.append(Event(request, [token]))
+        events += [Event(request, []) for request in self._expired()]
+        if self._under_way is not None and all(item.request.finished for item in self._under_way.work):
+            self._under_way = None
+        return events
 
     def run(self, requests: Iterable[Request]) -> list[Request]:
         """Serve requests to their end, submitting those that weren't; if interrupted, cancel them."""

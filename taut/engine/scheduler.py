@@ -125,6 +125,26 @@ class Scheduler:
             left -= count
         return [Work(r, r.computed, n, r.computed + n == r.length) for r, n in plan.items()]
 
+    def ahead(self, under_way: list[Work]) -> list[Work] | None:
+        """The decode step after one whose tokens are not known yet, for the same rows, with pages for it;
+        None where the next step may have to be another: a row ends or is computed anew, a request waits, or
+        there is no free page."""
+        rows = [work.request for work in under_way]
+        if self.waiting or len(rows) != len(self.running):
+            return None
+        for request in rows:
+            length = request.length + 1  # once the token under way has come
+            ends = len(request.output) + 1 >= request.params.max_new_tokens
+            if request.status is not Status.RUNNING or ends or length - 1 == self.recompute_at:
+                return None
+        missing = [self.pages.needed(r.length + 1) - len(r.pages) for r in rows]
+        if sum(max(count, 0) for count in missing) > self.pages.free:
+            return None
+        for request, count in zip(rows, missing, strict=True):
+            if count > 0:
+                self.pages.extend(request.pages, count)
+        return [Work(r, r.length, 1, True) for r in rows]
+
     def commit(self, work: Work, token: int | None = None) -> None:
         """The work has run: its keys are in the cache and, where it was ready, `token` comes next."""
         request = work.request

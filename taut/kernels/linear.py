@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from taut.kernels.gemv import fuses, gemv
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[..., in] -> [..., out]`; `weight` `[out, in]`, dense or as `block` gives it (inference only)."""
+    if fuses(x, weight):
+        return gemv(x, weight, bias)
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

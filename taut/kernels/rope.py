@@ -8,6 +8,20 @@ from torch import Tensor
 from taut.kernels.norm import rms_norm
 
 
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin `[tokens, 1, dim]` in `dtype` as `rotate` takes them, computed in float32.
+
+    `positions` `[tokens]`; `frequencies` float32 `[dim / 2]`, or `[tokens, dim / 2]` where each token has
+    its own; `magnitude` multiplies both.
+    """
+    turned = positions.float()[:, None] * frequencies
+    cos, sin = turned.cos() * magnitude, turned.sin() * magnitude
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn feature pairs `(i, i + dim / 2)` of each head by their token's angle (Su et al. 2021).
 

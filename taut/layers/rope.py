@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taut.batch import Batch
 from taut.config import Dynamic, Linear, Llama3, LongRope, Rope, Yarn
+from taut.kernels.dispatch import ops
 
 
 def base_frequencies(dim: int, theta: float) -> Tensor:
@@ -76,11 +77,8 @@ class Rotary:
 
     def __call__(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin `[tokens, 1, dim]` in `dtype`, laid out as `kernels.rope.rotate` takes them."""
-        positions = batch.positions
-        angles = positions.float()[:, None] * self.frequencies(batch, positions.device)
-        cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+        frequencies = self.frequencies(batch, batch.positions.device)
+        return ops("rope", frequencies).angles(batch.positions, frequencies, self.magnitude, dtype)
 
 
 def token_totals(batch: Batch) -> Tensor:

@@ -1,0 +1,204 @@
+"""`DecodeGraph`: a whole decode step, sampler included, as one CUDA graph whose steps chain on the device.
+
+A step writes its tokens into the next step's input and advances positions, lengths and draws, so the host
+need not see a token before the next step starts: it reads them from pinned memory while that step runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taut.batch import Batch, PagedKV
+from taut.engine.request import Request
+from taut.engine.runner import Runner
+from taut.engine.scheduler import Work
+from taut.kernels.device import Workspace, using
+from taut.kernels.dispatch import device_refuses
+from taut.kernels.sample import Sampling, sample
+
+# A graph is captured for so many rows; a step of fewer leaves the others idle.
+ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+LEAST_PAGES = 32
+
+
+def refuses(model) -> str | None:
+    """Why decode steps of a model can't be graphs, or None."""
+    return device_refuses(torch.device(model.device))
+
+
+def plain(request: Request) -> bool:
+    """Whether a request's next token can be drawn inside the graph: nothing but temperature, top-k, top-p
+    and min-p shapes it, and nobody looks at its scores."""
+    p = request.params
+    return not (
+        request.logits_processors
+        or request.keep_scores
+        or request.keep_logits
+        or p.repetition_penalty != 1.0
+        or p.presence_penalty
+        or p.frequency_penalty
+        or p.no_repeat_ngram_size
+        or p.typical_p != 1.0
+        or p.logit_bias
+        or p.sequence_bias
+        or p.bad_words
+        or (p.eos_token_ids and len(request.output) < p.min_new_tokens)
+    )
+
+
+@dataclass
+class Pending:
+    """A step that is under way: its work, in the order of the graph's rows, and where its tokens will be."""
+
+    work: list[Work]
+    graph: _Graph
+    host: Tensor
+    done: torch.cuda.Event
+
+    def tokens(self) -> list[int]:
+        """The tokens, waiting for them; -1 for a row whose logits were not finite."""
+        self.done.synchronize()
+        return self.host[: len(self.work)].tolist()
+
+
+class DecodeGraph:
+    """Decode steps of one runner's model, captured the first time a size is needed and then replayed."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._workspace = Workspace.of(runner.device)
+
+    def accepts(self, work: list[Work]) -> bool:
+        """Whether a step is a graph's: one token a row, each of them sampled plainly."""
+        return len(work) <= ROW_BUCKETS[-1] and all(
+            w.count == 1 and w.ready and plain(w.request) for w in work
+        )
+
+    def start(self, work: list[Work]) -> Pending:
+        """Launch a step from what the host knows."""
+        rows = next(size for size in ROW_BUCKETS if size >= len(work))
+        width = LEAST_PAGES
+        while width < max(len(w.request.pages) for w in work) + 1:  # room to grow before the next capture
+            width *= 2
+        graph = self._graphs.get((rows, width))
+        if graph is None:
+            with using(self._workspace):
+                graph = self._graphs[rows, width] = _Graph(self.runner, rows, width, self._pool)
+        graph.fill(work)
+        return graph.launch(work)
+
+    def follow(self, pending: Pending, work: list[Work]) -> Pending | None:
+        """Launch the step after one that may still run, for the same rows; None if it needs another graph."""
+        if any(len(w.request.pages) > pending.graph.width for w in work):
+            return None
+        if any(w.start % self.runner.page_size == 0 for w in work):  # a row begins a new page
+            pending.graph.fill_pages(work)
+        return pending.graph.launch(work)
+
+
+class _Graph:
+    """One captured size: `rows` rows of at most `width` pages."""
+
+    def __init__(self, runner: Runner, rows: int, width: int, pool):
+        self.rows, self.width, self.page_size = rows, width, runner.page_size
+        self.model = runner.model
+        device = runner.device
+        # All state in one buffer, the 64-bit fields first: filling it is one copy.
+        sizes = [2 * rows] * 3 + [rows] * 7 + [rows * width]
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
+        self._state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self._sizes = sizes
+        views = _views(self._state, sizes)
+        self.ids, seeds, steps, self.positions, self.lengths, self.active, top_k = views[:7]
+        temperature, top_p, min_p = (view.view(torch.float32) for view in views[7:10])
+        self.table = views[10].view(rows, width)
+        self.how = Sampling(temperature, top_k, top_p, min_p, seeds, steps)
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._keys, self._values = runner.keys, runner.values
+        # Two places for tokens: the host reads one while the next step fills the other.
+        self._out = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self._turn = 0
+        self._copied = torch.cuda.Event()
+        self._graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            self._step()  # compiles kernels; all rows are idle, so nothing is written
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._step()
+
+    def _step(self) -> None:
+        """What the graph holds. An idle row has no keys and no slot: it computes on nothing and writes
+        nothing."""
+        page = (self.positions // self.page_size).long().unsqueeze(1)
+        slots = self.table.gather(1, page).squeeze(1) * self.page_size + self.positions % self.page_size
+        slots = torch.where(self.active > 0, slots, -1).long()
+        kv = PagedKV(self._keys, self._values, self.table, self.lengths, slots, self.width * self.page_size)
+        batch = Batch(self.ids, self.positions, self.starts, 1, kv=kv, totals=self.lengths)
+        tokens, finite = sample(self.model.logits(self.model.decoder(batch)), self.how)
+        self.tokens.copy_(torch.where(finite, tokens, -1))
+        self.ids.copy_(tokens)
+        for counter in (self.positions, self.lengths, self.how.steps):
+            counter.add_(self.active)
+
+    def fill(self, work: list[Work]) -> None:
+        """State of the rows, from what the host knows, in one copy."""
+        self._copied.synchronize()  # an earlier copy may still read the pinned buffer
+        host = self._host.numpy()
+        host[:] = 0
+        fields = [view.numpy() for view in _views(self._host, self._sizes)]
+        ids, seeds, steps, positions, lengths, active, top_k = fields[:7]
+        temperature, top_p, min_p = (field.view(np.float32) for field in fields[7:10])
+        top_p[:] = 1.0
+        for row, (request, start, _, _) in enumerate(work):
+            p = request.params
+            ids[row], positions[row], lengths[row], active[row] = request.token(start), start, start + 1, 1
+            steps[row] = len(request.output)
+            seeds[row] = np.uint64(p.seed & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
+            if not p.greedy:
+                temperature[row], top_k[row], top_p[row], min_p[row] = (
+                    p.temperature,
+                    p.top_k,
+                    p.top_p,
+                    p.min_p,
+                )
+        self._write_pages(fields[10], work)
+        self._state.copy_(self._host, non_blocking=True)
+        self._copied.record()
+
+    def fill_pages(self, work: list[Work]) -> None:
+        """The page table alone, after rows got pages."""
+        self._copied.synchronize()
+        table = _views(self._host, self._sizes)[10]
+        self._write_pages(table.numpy(), work)
+        self.table.copy_(table.view(self.rows, self.width), non_blocking=True)
+        self._copied.record()
+
+    def _write_pages(self, flat: np.ndarray, work: list[Work]) -> None:
+        table = flat.reshape(self.rows, self.width)
+        for row, item in enumerate(work):
+            pages = item.request.pages
+            table[row, : len(pages)] = pages
+            table[row, len(pages) :] = pages[0]
+
+    def launch(self, work: list[Work]) -> Pending:
+        self._graph.replay()
+        self._turn ^= 1
+        host = self._out[self._turn]
+        host.copy_(self.tokens, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return Pending(work, self, host, done)
+
+
+def _views(buffer: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The fields of a state buffer; the first three are 64-bit."""
+    return [t.view(torch.int64) if at < 3 else t for at, t in enumerate(buffer.split(sizes))]

@@ -1,0 +1,112 @@
+"""Decode graphs on a GPU: the tokens of steps without a graph, and no step that waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taut import AutoModelForCausalLM
+from taut.engine.engine import Engine
+from taut.engine.request import Request, SamplingParams
+from tests.families import CASES, VOCAB, checkpoint
+
+pytestmark = pytest.mark.gpu
+
+FAMILIES = ["llama", "mistral-window", "qwen3", "gemma2", "phi3-longrope", "llama-rope-dynamic"]
+PARAMS = [
+    {},
+    {"greedy": False, "seed": 5},
+    {"greedy": False, "seed": -3, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    {"greedy": False, "seed": 9, "temperature": 1.3, "min_p": 0.05},
+]
+
+
+def load(name: str, dtype=torch.float32):
+    case = next(case for case in CASES if case.name == name)
+    return AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=dtype, device="cuda")
+
+
+def requests(eos: tuple[int, ...] = ()) -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index, length in enumerate((3, 17, 1, 9, 12)):
+        prompt = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        options = PARAMS[index % len(PARAMS)]
+        params = SamplingParams(max_new_tokens=(14, 9, 15, 1, 20)[index], eos_token_ids=eos, **options)
+        made.append(Request(prompt, params))
+    return made
+
+
+def outputs(engine: Engine, asked: list[Request]) -> list[tuple[list[int], str | None]]:
+    engine.run(asked)
+    return [(request.output, request.finish_reason) for request in asked]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_are_those_of_steps_without_a_graph(name):
+    model = load(name)
+    eager = Engine(model, cache_tokens=512)
+    eager.graphs = None
+    want = outputs(eager, requests())
+    ends = tuple({tokens[len(tokens) // 2] for tokens, _ in want})  # some rows end early, by surprise
+    for eos in ((), ends):
+        for options in ({}, {"max_rows": 2}, {"page_size": 4}):
+            again = Engine(model, cache_tokens=512, **options)
+            again.graphs = None
+            graphs = Engine(model, cache_tokens=512, **options)
+            assert graphs.graphs is not None
+            assert outputs(graphs, requests(eos)) == outputs(again, requests(eos))
+            assert graphs.pages.free == graphs.pages.count
+            assert graphs.graphs._graphs
+
+
+def test_a_replay_equals_the_same_step_without_one_bit_for_bit():
+    model = load("llama", torch.bfloat16)
+    engine = Engine(model, cache_tokens=256)
+    asked = requests()[:3]
+    for request in asked:
+        engine.submit(request)
+    while not engine.graphs._graphs:
+        engine.step()
+    with torch.inference_mode():
+        engine._under_way = None
+        torch.cuda.synchronize()
+        work = engine.scheduler.schedule()
+        graph = next(iter(engine.graphs._graphs.values()))
+        graph.fill(work)
+        before = [cache.clone() for cache in engine.runner.keys]
+        graph._graph.replay()
+        got = graph.tokens.clone(), [cache.clone() for cache in engine.runner.keys]
+        for cache, old in zip(engine.runner.keys, before, strict=True):
+            cache.copy_(old)
+        graph.fill(work)
+        graph._step()
+        assert torch.equal(got[0], graph.tokens)
+        for replayed, eager in zip(got[1], engine.runner.keys, strict=True):
+            assert torch.equal(replayed, eager)
+
+
+def test_steady_decode_does_not_synchronise():
+    engine = Engine(load("llama", torch.bfloat16), cache_tokens=512)
+    request = engine.submit(Request([5, 6, 7], SamplingParams(max_new_tokens=40)))
+    while len(request.output) < 4:
+        engine.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # reading a token waits for an event, which is no synchronisation
+    try:
+        for _ in range(20):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(request.output) == 24
+
+
+def test_nan_ends_the_request_by_name():
+    model = load("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
+    engine = Engine(model, cache_tokens=256)
+    request = engine.submit(Request([5], SamplingParams(max_new_tokens=4)))
+    while engine.has_work:
+        engine.step()
+    assert request.finish_reason == "error" and "model.layers.1.mlp" in str(request.error)
