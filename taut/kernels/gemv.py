@@ -12,9 +12,9 @@ from taut.kernels.act import ACTIVATIONS, glu
 from taut.kernels.dispatch import triton_refuses
 from taut.kernels.norm import rms_norm
 
-MAX_ROWS = 64
+MAX_ROWS = 32
 # Beyond so many rows cuBLAS is as fast.
-WINNING_ROWS = 16
+WINNING_ROWS = 32
 
 
 def gemv_reference(

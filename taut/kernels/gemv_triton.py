@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.kernels.act_triton import activate
-from taut.kernels.device import launch_options
+from taut.kernels.device import launch_options, multiprocessors, shared_memory, workspace
 from taut.kernels.norm_triton import rms_norm
 
 
@@ -168,8 +168,6 @@ def _by_tensor_cores(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     X_FIRST: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """All M <= BLOCK_M rows of x against BLOCK_N rows of the weight, over `span` of its K columns. The last
@@ -183,15 +181,6 @@ def _by_tensor_cores(
     rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
     ups = rows + N.to(tl.int64) * K
     if PDL:
-        if PREFETCH != "":
-            # As many pointers as threads, so that none asks for what another does.
-            EACH: tl.constexpr = 32 * WARPS // BLOCK_N
-            piece = tl.arange(0, EACH)
-            first = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + begin + (piece * 128)[None, :]
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], " + PREFETCH + "; mov.u32 $0, 0;",
-                "=r,l", [first.to(tl.uint64)], dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
     real = m < M
@@ -246,8 +235,8 @@ def _by_tensor_cores(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut up. `stages`, `splits` (of the columns), `x_first` (operand order) and `prefetch`
-    (bytes of each weight row asked for before waiting) are the tensor-core kernel's; 0 stages: the other."""
+    """How a product is cut up. `stages`, `splits` (of the columns) and `x_first` (operand order) are the
+    tensor-core kernel's; 0 stages: the other."""
 
     block_n: int
     block_k: int
@@ -255,30 +244,26 @@ class Tiles:
     stages: int = 0
     splits: int = 1
     x_first: bool = True
-    prefetch: int = 0
 
 
-def tiles(rows: int, outputs: int, inputs: int, gated: bool) -> Tiles:
-    """Measured choice for `rows` rows through a weight `[outputs (per half if gated), inputs]`."""
-    if rows <= 4:
-        return Tiles(4, 1024, 4)
-    return Tiles(32, 128, 4, 5)
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Memory that the splits of a product meet in: `parts` float32, `counters` int32 that are zero between
-    launches. One serves all launches of a stream."""
-
-    parts: Tensor
-    counters: Tensor
-
-    @staticmethod
-    def of(device: torch.device, floats: int, counters: int) -> Workspace:
-        return Workspace(
-            torch.empty(floats, dtype=torch.float32, device=device),
-            torch.zeros(counters, dtype=torch.int32, device=device),
-        )
+def tiles(rows: int, outputs: int, inputs: int, gated: bool, device: torch.device) -> Tiles:
+    """Choice for `rows` rows through a weight of `outputs` (of each half, if gated) by `inputs`, from
+    `benchmarks/results/decode_ops.json`."""
+    if rows <= 2:
+        block_k = min(1024, triton.next_power_of_2(inputs))
+        return Tiles(4, block_k, max(block_k // 256, 1))
+    programs, halves = multiprocessors(device), 2 if gated else 1
+    block_k = 128 if inputs % 128 == 0 or inputs % 64 else 64
+    blocks = triton.cdiv(outputs, 64)
+    if programs < blocks <= 2 * programs and rows <= 16 and not gated:
+        return Tiles(32, block_k, 2, 6)  # half of 64 would leave half of the second round idle
+    splits = 1
+    while splits < 8 and 2 * splits * blocks <= programs and inputs >= 8 * splits * block_k:
+        splits *= 2
+    # Tiles in flight have to fit: consumer GPUs have less than half of a Hopper's shared memory.
+    stage = 2 * block_k * (64 * halves + max(16, triton.next_power_of_2(rows)))
+    stages = max(2, min(4, shared_memory(device) // stage))
+    return Tiles(64, block_k, 4, stages, splits, x_first=False)
 
 
 def run(
@@ -292,12 +277,11 @@ def run(
     residual: Tensor | None,
     out_dtype: torch.dtype,
     cut: Tiles | None = None,
-    workspace: Workspace | None = None,
 ) -> Tensor:
     """The product as `kernels.gemv.gemv` describes it; arguments are checked there."""
     rows, inputs = x.shape
     outputs = weight.shape[0] // 2 if act else weight.shape[0]
-    cut = cut or tiles(rows, outputs, inputs, act is not None)
+    cut = cut or tiles(rows, outputs, inputs, act is not None, x.device)
     out = torch.empty(rows, outputs, dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
@@ -332,17 +316,17 @@ def run(
     if norm_weight is not None:
         # On the way to the tensor cores, scaling x in each program costs more than a launch does.
         x = rms_norm(x, norm_weight, eps, offset)
-    if cut.splits > 1 and workspace is None:
-        floats = cut.splits * rows * outputs * (2 if act else 1)
-        workspace = Workspace.of(x.device, floats, blocks)
+    memory = None
+    if cut.splits > 1:
+        memory = workspace(x.device, cut.splits * rows * weight.shape[0], blocks)
     _by_tensor_cores[(blocks, cut.splits)](
         x,
         weight,
         bias,
         residual,
         out,
-        workspace.parts if cut.splits > 1 else out,
-        workspace.counters if cut.splits > 1 else out,
+        memory.parts if memory else None,
+        memory.counters if memory else None,
         rows,
         outputs,
         inputs,
@@ -351,8 +335,6 @@ def run(
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
         STAGES=cut.stages,
         X_FIRST=cut.x_first,
-        PREFETCH=str(cut.prefetch * cut.block_n // (32 * cut.warps)) if cut.prefetch else "",
-        WARPS=cut.warps,
         **flags,
     )
     return out

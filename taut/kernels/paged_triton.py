@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.errors import RequestError
 from taut.kernels.attention import Pages, Scoring
-from taut.kernels.device import launch_options, multiprocessors
+from taut.kernels.device import launch_options, multiprocessors, shared_memory, workspace
 
 MAX_QUERIES = 16  # a row; more are a prefill
 _LOG2E = 1.4426950408889634
@@ -85,7 +85,7 @@ def _merge(
     tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["window", "least", "table_row"])
+@triton.jit(do_not_specialize=["reach", "window", "least", "table_row"])
 def _decode(
     q,
     keys,
@@ -94,10 +94,12 @@ def _decode(
     lengths,
     starts,
     slopes,
+    relative,
     out,
     parts,
     sums,
     counters,
+    reach,
     scale,
     softcap,
     window,
@@ -119,6 +121,7 @@ def _decode(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    RELATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -208,6 +211,10 @@ def _decode(
         ahead = n[None, :] - position[:, None]
         if ALIBI:
             s += slope[:, None] * ahead.to(tl.float32)
+        if RELATIVE:
+            near = tl.minimum(tl.maximum(ahead, -reach), reach) + reach + head[:, None] * (2 * reach + 1)
+            bias = tl.load(relative + near, mask=live[:, None] & held[None, :], other=0.0)
+            s += bias.to(tl.float32) * 1.4426950408889634
         seen = held[None, :] & live[:, None]
         if CAUSAL:
             seen = seen & (ahead <= 0)
@@ -292,22 +299,6 @@ def _prefetch_bytes(dim: int, cut: Tiles, itemsize: int) -> str:
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """Memory that splits meet in: `parts` float32 for partial results, `counters` int32 that are zero
-    between launches. One serves all launches of a stream."""
-
-    parts: Tensor
-    counters: Tensor
-
-    @staticmethod
-    def of(device: torch.device, floats: int, counters: int) -> Workspace:
-        return Workspace(
-            torch.empty(floats, dtype=torch.float32, device=device),
-            torch.zeros(counters, dtype=torch.int32, device=device),
-        )
-
-
-@dataclass(frozen=True)
 class Plan:
     """Host decisions of a launch; they depend on shapes and on the bound of the context alone."""
 
@@ -365,15 +356,13 @@ def paged_attention(
     pages: Pages,
     *,
     context: int | None = None,
-    workspace: Workspace | None = None,
     cut: Tiles | None = None,
 ) -> Tensor:
     """Attention of packed queries `q` `[tokens, heads, head_dim]` over cache pages, in one launch.
 
     `starts` `[rows + 1]`: row boundaries; `queries`: most queries of a row. `context`: bound on the keys of
     a row that the grid is made for, `pages.longest` by default; longer rows are still read in full, by as
-    many splits. `workspace`: reused memory of at least what `plan` says, made afresh by default. A row
-    without keys gives zeros. Gives `[tokens, heads, head_dim]`.
+    many splits. A row without keys gives zeros. Gives `[tokens, heads, head_dim]`.
     """
     if (why := refuses(q, queries, scoring, pages)) is not None:
         raise RequestError(f"paged attention kernel {why}")
@@ -389,14 +378,8 @@ def paged_attention(
     p = plan(
         tokens, rows, queries, heads, kv_heads, dim, context, q.element_size(), q.device, cut
     )
-    if workspace is None:
-        workspace = Workspace.of(q.device, p.floats, p.counters)
-    elif workspace.parts.numel() < p.floats or workspace.counters.numel() < p.counters:
-        raise RequestError(
-            f"workspace of {workspace.parts.numel()} floats and {workspace.counters.numel()} counters is too "
-            f"small; needed: {p.floats} and {p.counters}"
-        )
-    slopes = scoring.slopes
+    memory = workspace(q.device, p.floats, p.counters) if p.splits > 1 else None
+    slopes, relative = scoring.slopes, scoring.relative
     block_d = max(triton.next_power_of_2(dim), 16)
     merge_r = min(triton.next_power_of_2(queries * (heads // kv_heads)), p.block_r)
     _decode[(kv_heads * p.blocks, p.splits, rows)](
@@ -407,10 +390,12 @@ def paged_attention(
         pages.lengths,
         starts,
         slopes.contiguous() if slopes is not None else None,
+        relative.contiguous() if relative is not None else None,
         out,
-        workspace.parts,
-        workspace.parts[tokens * heads * p.splits * dim :] if p.splits > 1 else workspace.parts,
-        workspace.counters,
+        memory.parts if memory else None,
+        memory.parts[tokens * heads * p.splits * dim :] if memory else None,
+        memory.counters if memory else None,
+        relative.shape[1] // 2 if relative is not None else 0,
         scoring.scale * _LOG2E,
         (scoring.softcap or 1.0) * _LOG2E,
         scoring.window or 0,
@@ -432,6 +417,7 @@ def paged_attention(
         WINDOW=scoring.window is not None,
         SOFTCAP=scoring.softcap is not None,
         ALIBI=slopes is not None,
+        RELATIVE=relative is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCKS=p.blocks,
         BLOCK_R=p.block_r,

@@ -22,7 +22,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Spec:
     """One kernel to compile. `arguments` maps each parameter to its type (`"*bf16"`, `"i32"`, `"fp32"`; with
-    `:16` behind it where the value is divisible by 16) or, for constexpr parameters and None, to its value.
+    `:16` behind it where the value is divisible by 16) or, for constexpr parameters and None, to its value
+    (a string with `=` before it).
     `arch` is 80, 90 ...; `options` are `num_warps`, `num_stages`, `maxnreg` ..."""
 
     module: str
@@ -78,7 +79,9 @@ def compile_here(spec: Spec):
     signature, constants, attributes = {}, {}, {}
     for at, name in enumerate(kernel.arg_names):
         value = spec.arguments[name]
-        if isinstance(value, str):
+        if isinstance(value, str) and value.startswith("="):
+            signature[name], constants[name] = "constexpr", value[1:]
+        elif isinstance(value, str):
             signature[name], _, divisible = value.partition(":") if "<" not in value else (value, "", "")
             if divisible:
                 attributes[(at,)] = [["tt.divisibility", int(divisible)]]
