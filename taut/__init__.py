@@ -12,6 +12,7 @@ _HOMES = {
     "AsyncTextIteratorStreamer": "taut.engine.streamers",
     "AutoModelForCausalLM": "taut.auto",
     "AutoTokenizer": "taut.tokenizer",
+    "BitsAndBytesConfig": "taut.quant.config",
     "Batch": "taut.batch",
     "CausalLM": "taut.modeling",
     "Engine": "taut.engine.engine",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from taut.errors import TautError as TautError
     from taut.kernels.attention import attention_kernel as attention_kernel
     from taut.modeling import CausalLM as CausalLM
+    from taut.quant.config import BitsAndBytesConfig as BitsAndBytesConfig
     from taut.tokenizer import AutoTokenizer as AutoTokenizer
 
 

@@ -416,7 +416,7 @@ def finish(
     named = reader.list("architectures", None)
     reader.ignore(*_HOUSEKEEPING)
     reader.only("add_cross_attention", False)
-    reader.only("quantization_config")
+    reader.ignore("quantization_config")  # about the files: `quant.choose` reads it, strictly
     name = reader.str("dtype", None) or reader.str("torch_dtype", None)
     reader.ignore("torch_dtype", "dtype")
     if name is not None and name.removeprefix("torch.") not in DTYPES:

@@ -31,6 +31,9 @@ from taut.layers.block import Decoder
 from taut.layers.linear import Linear
 from taut.models import family, read_config
 from taut.plan import Plan, make_plan
+from taut.quant.base import Packed, Stack
+from taut.quant.choose import asked, choose
+from taut.quant.config import BitsAndBytesConfig
 
 # What a file may hold beside its weights: angles that older exports stored, and a head that is tied anyway.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached", "*.masked_bias")
@@ -76,6 +79,7 @@ class CausalLM(nn.Module):
         self.generation_config = GenerationConfig.from_dict(_token_ids(config))
         self.model = Decoder(config, dtype=dtype)
         self.lm_head = None if config.tied else Linear(config.dim, config.vocab_size, dtype=dtype)
+        self.quantization_config: BitsAndBytesConfig | None = None
         self.eval()
 
     # ------------------------------------------------------------------------------------ what it is
@@ -100,6 +104,32 @@ class CausalLM(nn.Module):
     def get_memory_footprint(self) -> int:
         """Bytes of all parameters and buffers."""
         return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+
+    def memory_by_format(self) -> dict[str, int]:
+        """Bytes of parameters and buffers by what they are kept in: "bfloat16", "nf4", "int8" ..."""
+        found: dict[str, int] = {}
+        packed = [m for m in self.modules() if isinstance(m, Packed) and not isinstance(m, Stack)]
+        for module in packed:
+            found[module.kind] = found.get(module.kind, 0) + module.nbytes
+        inside = {id(t) for module in packed for t in module.buffers()}
+        for tensor in (*self.parameters(), *self.buffers()):
+            if id(tensor) not in inside:
+                name = str(tensor.dtype).removeprefix("torch.")
+                found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
+        return found
+
+    @property
+    def is_loaded_in_4bit(self) -> bool:
+        return self.quantization_config is not None and self.quantization_config.load_in_4bit
+
+    @property
+    def is_loaded_in_8bit(self) -> bool:
+        return self.quantization_config is not None and self.quantization_config.load_in_8bit
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any linear layer is held packed."""
+        return any(isinstance(module, Packed) for module in self.modules())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -266,6 +296,9 @@ class CausalLM(nn.Module):
         attn_implementation: str | None = None,
         use_flash_attention_2: bool = False,
         strict: bool = False,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        quantization_config: Any = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -277,16 +310,20 @@ class CausalLM(nn.Module):
         """Load a folder, a `.gguf` file or a Hub id.
 
         `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and 8-bit GGUF
-        files, which are dequantized, bfloat16 where the device computes in it. `device_map` (or `device`):
+        files bfloat16 where the device computes in it, and on such a CPU their linear layers then stay
+        packed (any other choice dequantizes them). `device_map` (or `device`):
         "auto" (the first GPU, otherwise the CPU), a device, or `{"": device}`; default CPU.
         `attn_implementation`, `strict`: see `set_attn_implementation`; `use_flash_attention_2=True` is the
-        older way to ask for "flash_attention_2". `progress`: a bar on the terminal; default: only if stderr
+        older way to ask for "flash_attention_2". `load_in_4bit`, `load_in_8bit` and `quantization_config` (a
+        `BitsAndBytesConfig`, transformers' own or a dict) pack the linear layers while loading; a checkpoint
+        that is packed already needs none of them. `progress`: a bar on the terminal; default: only if stderr
         is one.
 
         Raises `CheckpointError` (files), `ConfigError` (config.json) or `WeightsError` (tensors that don't
         fit the config); nothing half-loaded remains.
         """
         _reject(unknown)
+        wanted = asked(load_in_4bit, load_in_8bit, quantization_config)
         if use_flash_attention_2:
             if attn_implementation not in (None, "flash_attention_2"):
                 raise RequestError(
@@ -305,20 +342,32 @@ class CausalLM(nn.Module):
         checkpoint = open_checkpoint(path)
         config = read_config(checkpoint.config, f"{path}: config")
         target = _device(device_map if device_map is not None else device)
-        kind = _dtype(torch_dtype if torch_dtype is not None else dtype, config, checkpoint, target)
+        choice = torch_dtype if torch_dtype is not None else dtype
+        kind = _dtype(choice, config, checkpoint, target)
         with torch.device("meta"):
             model = cls(config, dtype=kind)
+        rules = family(config.model_type).RULES
+        keep = choice in ("auto", None) and kind is torch.bfloat16 and target.type == "cpu"
+        packing = choose(
+            checkpoint,
+            wanted,
+            weights.linears(model, rules),
+            kind,
+            keep_blocks=keep and bool(checkpoint.metadata),
+        )
         ignored = _IGNORED if not config.tied else (*_IGNORED, "lm_head.weight")
         with _progress(progress, str(name)) as report:
             weights.load(
                 model,
-                checkpoint.tensors,
-                family(config.model_type).RULES,
+                packing.tensors,
+                rules,
                 dtype=kind,
                 device=target,
                 ignored=ignored,
+                packers=packing.packers,
                 progress=report,
             )
+        model.quantization_config = packing.config
         model.generation_config = GenerationConfig.from_dict({**_token_ids(config), **checkpoint.generation})
         model.set_attn_implementation(attn_implementation or "auto", strict=strict)
         return model.eval()
@@ -395,7 +444,10 @@ class CausalLM(nn.Module):
         folder = Path(folder)
         tensors = weights.store(self, family(self.config.model_type).RULES)
         write_safetensors(folder, tensors, max_shard_size)
-        source = {k: v for k, v in self.config.source.items() if k not in ("torch_dtype", "dtype")}
+        rewritten = ("torch_dtype", "dtype", "quantization_config")
+        source = {k: v for k, v in self.config.source.items() if k not in rewritten}
+        if self.quantization_config is not None:
+            source["quantization_config"] = self.quantization_config.to_dict()
         source["dtype"] = str(self.dtype).removeprefix("torch.")
         source["architectures"] = [self.config.architecture]
         (folder / "config.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -424,9 +476,6 @@ def _token_ids(config: ModelConfig) -> dict[str, Any]:
 
 
 _LATER = {
-    "load_in_4bit": "4-bit loading",
-    "load_in_8bit": "8-bit loading",
-    "quantization_config": "quantized loading",
     "max_memory": "placement under memory caps",
 }
 

@@ -109,6 +109,8 @@ def _attention(model: CausalLM, attn: Attention, longest: int, *, cached: bool) 
 
 
 def _products(x: torch.Tensor, linear: Linear, rows: int) -> list[Offer]:
+    if linear.packed is not None:
+        return [(linear.packed.runs_on(x.expand(rows, -1)), None)]
     weight, x = linear.weight, x.expand(rows, -1)
     if x.is_cuda:
         why = device_refuses(x.device) or gemv.refuses(x, weight)

@@ -7,9 +7,10 @@ Loading reads it one way and saving the other, so a rule can't be right in one d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from taut.checkpoint import Deferred, LazyTensor
 from taut.errors import WeightsError, nearest
 from taut.layers.linear import Linear
+from taut.quant.base import Dense, Packed, join
+from taut.quant.stored import Packer
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,22 @@ class Stacked:
         return out
 
 
+def _own_shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Names and shapes of a module's own parameters; a packed weight counts as the matrix it is."""
+    if isinstance(module, Linear) and module.packed is not None:
+        yield "weight", torch.Size((module.out_features, module.in_features))
+    for kind, param in module.named_parameters(recurse=False):
+        yield kind, param.shape
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Every parameter's shape by its name."""
+    modules = dict(model.named_modules()).items()
+    return {
+        f"{path}.{kind}" if path else kind: s for path, module in modules for kind, s in _own_shapes(module)
+    }
+
+
 def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     """Every parameter of `model`, cut into the tensors a checkpoint of its family holds.
 
@@ -132,10 +151,10 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     """
     pieces: list[Piece] = []
     for path, module in model.named_modules():
-        for kind, param in module.named_parameters(recurse=False):
+        for kind, shape in _own_shapes(module):
             name = f"{path}.{kind}" if path else kind
             if not (isinstance(module, Linear) and module.parts):
-                pieces.append(Piece(name, name, param.shape[0] if param.dim() else 1))
+                pieces.append(Piece(name, name, shape[0] if shape else 1))
                 continue
             beside, start = path[: path.rfind(".") + 1], 0
             for part, rows in module.parts.items():
@@ -144,16 +163,16 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     for rule in rules:
         pieces = rule.apply(pieces)
     stacked = {piece.param for piece in pieces if piece.index is not None}
-    params = dict(model.named_parameters())
-    return [replace(p, rows=params[p.param].shape[1]) if p.param in stacked else p for p in pieces]
+    shapes = _shapes(model)
+    return [replace(p, rows=shapes[p.param][1]) if p.param in stacked else p for p in pieces]
 
 
-def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
     """The shape each disk tensor should have."""
     shapes: dict[str, tuple[int, ...]] = {}
     flipped: set[str] = set()
     for piece in pieces:
-        own = tuple(params[piece.param].shape)[piece.index is not None :]
+        own = tuple(params[piece.param])[piece.index is not None :]
         rows = max(shapes.get(piece.disk, (0,))[0], piece.disk_start + piece.rows) if own else 0
         shapes[piece.disk] = (rows, *own[1:]) if own else ()
         if piece.transposed:
@@ -163,7 +182,7 @@ def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, Tensor]) -> dict[
 
 def check(
     pieces: Sequence[Piece],
-    params: Mapping[str, Tensor],
+    params: Mapping[str, torch.Size],
     tensors: Mapping[str, LazyTensor],
     ignored: Sequence[str] = (),
 ) -> None:
@@ -206,36 +225,143 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     ignored: Sequence[str] = (),
+    packers: Mapping[str, Packer] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill a model built on the meta device, in `dtype` on `device`, one slice at a time.
 
-    All or nothing: names and shapes are checked before anything is allocated, and parameters replace the
-    meta ones only once every slice has been read. Peak host memory is the model (if it lives on the host)
-    plus one slice. `progress(done, total)` is called with bytes of the finished model.
+    `packers` names the checkpoint's matrices that their `Linear` is to hold packed, and how; each becomes so
+    before the next is read. All or nothing: names and shapes are checked before anything is allocated, and
+    parameters replace the meta ones only once every slice has been read. Peak host memory is the model (if
+    it lives on the host) plus one slice. `progress(done, total)` is called with bytes of the finished model.
     """
-    params = dict(model.named_parameters())
+    device, shapes = torch.device(device), _shapes(model)
     pieces = layout(model, rules)
-    check(pieces, params, tensors, ignored)
-    total = sum(p.numel() for p in params.values()) * dtype.itemsize
-    filled = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in params.items()}
+    check(pieces, shapes, tensors, ignored)
+    runs = _runs(pieces, _linear_pieces(model, pieces), packers)
+    dense_pieces = [piece for piece in pieces if piece.param not in runs]
+
+    def size(disk: str, rows: int, param: str) -> int:
+        whole = (rows, *shapes[param][1:])
+        return packers[disk].nbytes(whole) if disk in packers else torch.Size(whole).numel() * dtype.itemsize
+
+    sizes = {
+        name: [size(run[0].disk, sum(p.rows for p in run), name) for run in found]
+        for name, found in runs.items()
+    }
+    total = sum(map(sum, sizes.values()))
+    total += sum(s.numel() for name, s in shapes.items() if name not in runs) * dtype.itemsize
     done = 0
-    for piece in pieces:
-        source, target = tensors[piece.disk], piece.view(filled[piece.param])
-        for begin, end in _slices(piece, source):
-            if piece.transposed:
-                target.copy_(source.read().T[piece.disk_start : piece.disk_start + piece.rows])
-            elif target.dim():
-                target[begin:end].copy_(source.read(piece.disk_start + begin, piece.disk_start + end))
-            else:
-                target.copy_(source.read())
-        done += target.numel() * dtype.itemsize
+
+    def report(more: int) -> None:
+        nonlocal done
+        done += more
         if progress is not None:
             progress(done, total)
+
+    params = dict(model.named_parameters())
+    filled = {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items() if n not in runs}
+    for piece in dense_pieces:
+        target = piece.view(filled[piece.param])
+        _fill(target, piece, tensors[piece.disk])
+        report(target.numel() * dtype.itemsize)
+    packed: dict[str, Packed] = {}
+    for name, found in runs.items():
+        units = []
+        for run, count in zip(found, sizes[name], strict=True):
+            units.append(
+                _pack(run, tensors[run[0].disk], packers.get(run[0].disk), shapes[name], dtype, device)
+            )
+            report(count)
+        packed[name] = join(units)
     for name, tensor in filled.items():
         path, _, kind = name.rpartition(".")
-        old = params[name]
-        setattr(model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=old.requires_grad))
+        setattr(
+            model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=params[name].requires_grad)
+        )
+    for name, weight in packed.items():
+        model.get_submodule(name.removesuffix(".weight")).pack(weight)
+
+
+def _fill(target: Tensor, piece: Piece, source: LazyTensor) -> None:
+    """Copy a piece's rows into `target`, a slice at a time."""
+    for begin, end in _slices(piece, source):
+        if piece.transposed:
+            target.copy_(source.read().T[piece.disk_start : piece.disk_start + piece.rows])
+        elif target.dim():
+            target[begin:end].copy_(source.read(piece.disk_start + begin, piece.disk_start + end))
+        else:
+            target.copy_(source.read())
+
+
+def _pack(
+    run: list[Piece],
+    source: LazyTensor,
+    packer: Packer | None,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Packed:
+    """The matrix of one run of pieces, as its packer makes it, or dense where it has none."""
+
+    def read() -> Tensor:
+        whole = torch.empty(sum(p.rows for p in run), shape[1], dtype=dtype, device=device)
+        for piece in run:
+            _fill(whole[piece.start - run[0].start :][: piece.rows], piece, source)
+        return whole
+
+    return Dense(read()) if packer is None else packer(source, read, device)
+
+
+def linears(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
+    """Names that checkpoints give to the matrices of every `Linear`, in the model's order."""
+    found = _linear_pieces(model, layout(model, rules))
+    return list(dict.fromkeys(piece.disk for pieces in found.values() for piece in pieces))
+
+
+def _linear_pieces(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
+    """The pieces of each `Linear`'s weight, from its first row to its last."""
+    names = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear)}
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        if piece.param in names:
+            found.setdefault(piece.param, []).append(piece)
+    return {name: sorted(own, key=lambda piece: piece.start) for name, own in found.items()}
+
+
+def _runs(
+    pieces: Sequence[Piece], linear: Mapping[str, list[Piece]], packers: Collection[str]
+) -> dict[str, list[list[Piece]]]:
+    """For each `Linear` weight that has a packed matrix: its pieces, those of one disk tensor together.
+
+    A format packs a disk tensor as a whole, so it must lie in one weight, in its own order.
+    """
+    rows: dict[str, int] = {}
+    for piece in pieces:
+        rows[piece.disk] = rows.get(piece.disk, 0) + piece.rows
+    out = {}
+    for name, own in linear.items():
+        if not any(piece.disk in packers for piece in own):
+            continue
+        runs: list[list[Piece]] = []
+        for piece in own:
+            if (
+                runs
+                and runs[-1][0].disk == piece.disk
+                and runs[-1][-1].disk_start + runs[-1][-1].rows == piece.disk_start
+            ):
+                runs[-1].append(piece)
+            else:
+                runs.append([piece])
+        for run in runs:
+            whole = sum(piece.rows for piece in run) == rows[run[0].disk] and not run[0].disk_start
+            if run[0].disk in packers and (not whole or run[0].transposed):
+                raise WeightsError(
+                    f"{run[0].disk} can't be packed: the model keeps its rows in another order or place "
+                    f"({name}); name the module in llm_int8_skip_modules to leave it in 16 bit"
+                )
+        out[name] = runs
+    return out
 
 
 def _slices(piece: Piece, source: LazyTensor) -> Iterator[tuple[int, int]]:
@@ -254,20 +380,45 @@ def dense(param: Tensor) -> Tensor:
 
 
 def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
-    """The tensors of `model` under their canonical names, in the model's order; the reverse of `load`."""
-    params = dict(model.named_parameters())
+    """The tensors of `model` under their canonical names, in the model's order; the reverse of `load`. A
+    packed matrix gives the tensors its format has on disk."""
+    params, shapes = dict(model.named_parameters()), _shapes(model)
+    dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     pieces = layout(model, rules)
-    shapes = _disk_shapes(pieces, params)
+    disk_shapes = _disk_shapes(pieces, shapes)
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
         groups.setdefault(piece.disk, []).append(piece)
+    units = _units(model, pieces)
 
     def assemble(group: list[Piece]) -> Tensor:
         parts = [p.view(dense(params[p.param])).cpu() for p in sorted(group, key=lambda p: p.disk_start)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.T if group[0].transposed else whole).contiguous()
 
-    return [
-        Deferred(name, shapes[name], params[group[0].param].dtype, lambda group=group: assemble(group))
-        for name, group in groups.items()
-    ]
+    out = []
+    for name, group in groups.items():
+        shape, unit = disk_shapes[name], units.get(name)
+        if unit is None:
+            out.append(
+                Deferred(name, shape, params[group[0].param].dtype, lambda group=group: assemble(group))
+            )
+        elif unit.dense_on_disk:
+            out.append(Deferred(name, shape, dtype, lambda unit=unit: unit.dequantize(dtype).cpu()))
+        else:
+            module = name.removesuffix(".weight")
+            for suffix, tensor in unit.stored(dtype).items():
+                make = lambda tensor=tensor: tensor.cpu().contiguous()  # noqa: E731
+                out.append(Deferred(f"{module}.{suffix}", tuple(tensor.shape), tensor.dtype, make))
+    return out
+
+
+def _units(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, Packed]:
+    """The matrices that a model holds packed, by their disk names."""
+    found = {}
+    for name, own in _linear_pieces(model, pieces).items():
+        packed = model.get_submodule(name.removesuffix(".weight")).packed
+        if packed is not None:
+            names = dict.fromkeys(piece.disk for piece in own)
+            found.update(zip(names, packed.units(), strict=True))
+    return found

@@ -64,6 +64,18 @@ class GGUFTensor:
             return self._dequantize(first, last)[start - first : stop - first].clone()
         return self._dequantize(start * width, stop * width).view(stop - start, *self.shape[1:])
 
+    @property
+    def block_format(self) -> str | None:
+        """Name of the block format, None for plain values."""
+        return self.format.name if self.format.block > 1 else None
+
+    def read_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `[start, stop)` of a matrix as in the file: uint8 `[rows, blocks, bytes of a block]`."""
+        start, stop = rows(self, start, stop)
+        blocks, size = self.shape[1] // self.format.block, self.format.size
+        raw = read_bytes(self.path, self.offset + start * blocks * size, (stop - start) * blocks * size)
+        return raw.view(stop - start, blocks, size)
+
     def _dequantize(self, begin: int, end: int) -> Tensor:
         """Values `[begin, end)`, whole blocks, read and dequantized a chunk at a time."""
         block, size = self.format.block, self.format.size

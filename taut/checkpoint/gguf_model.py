@@ -174,6 +174,15 @@ class _Renamed:
         value = self.source.read(start, stop)
         return value.sub_(self.offset) if self.offset else value
 
+    @property
+    def block_format(self) -> str | None:
+        """Name of the block format that `read_blocks` gives, None where the values aren't the file's."""
+        return None if self.offset else self.source.block_format
+
+    def read_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows as packed in the file: uint8 `[rows, blocks, bytes of a block]`."""
+        return self.source.read_blocks(start, stop)
+
 
 @dataclass(frozen=True)
 class _Deinterleaved(_Renamed):
@@ -186,10 +195,16 @@ class _Deinterleaved(_Renamed):
     heads: int = 1
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._in_order(self.source.read, start, stop)
+
+    def read_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._in_order(self.source.read_blocks, start, stop)
+
+    def _in_order(self, read: Callable[[int, int], Tensor], start: int, stop: int | None) -> Tensor:
         start, stop = rows(self, start, stop)
         size = self.shape[0] // self.heads
         first, last = start // size * size, -(-stop // size) * size
-        stored = self.source.read(first, last)
+        stored = read(first, last)
         pairs = stored.unflatten(0, (-1, size // 2, 2))
         return pairs.transpose(1, 2).reshape(stored.shape)[start - first : stop - first].clone()
 

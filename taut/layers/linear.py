@@ -12,6 +12,7 @@ from taut.kernels.dispatch import ops
 from taut.kernels.gemv import fuses, gemv
 from taut.kernels.linear import block, linear, why_not_blocked
 from taut.layers.norm import Norm
+from taut.quant.base import Packed
 
 
 class Linear(nn.Module):
@@ -19,7 +20,7 @@ class Linear(nn.Module):
 
     `parts` names the checkpoint matrices stacked along the output, with their sizes, in order: the q, k
     and v projections are one product, and files still hold three matrices. Without parts, the module is
-    the one matrix.
+    the one matrix. The weight is dense, or, after `pack`, in a small format that multiplies by itself.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Linear(nn.Module):
         self.out_features = out if isinstance(out, int) else sum(out.values())
         self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
+        self.packed: Packed | None = None
 
     def forward(
         self,
@@ -47,25 +49,39 @@ class Linear(nn.Module):
     ) -> Tensor:
         """`residual + glu(norm(x) W^T + b)`, each part only where given: what stands around a product in a
         block is part of the call, since for a few rows on a GPU one kernel does it all."""
+        if self.packed is not None:
+            y = self.packed(x if norm is None else norm(x), self.bias)
+            return self._after(y, act, residual)
         if self.weight.is_mkldnn and torch.is_grad_enabled():
             self.unblock()
         if fuses(x, self.weight) and (norm is None or norm.config.kind == "rms"):
             before = {} if norm is None else norm.arguments()
             return gemv(x, self.weight, self.bias, act=act, residual=residual, **before)
-        y = linear(x if norm is None else norm(x), self.weight, self.bias)
+        return self._after(linear(x if norm is None else norm(x), self.weight, self.bias), act, residual)
+
+    @staticmethod
+    def _after(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
         if act is not None:
             y = ops("act", y).glu(y, act)
         return y if residual is None else residual + y
 
+    def pack(self, packed: Packed) -> None:
+        """Hold the weight as `packed`, which has its shape, and let go of the dense one."""
+        self.weight, self.packed = None, packed
+
     def block(self) -> None:
         """Keep the weight in the layout that the CPU reads fastest, if there is one for it. The parameter
         stays the same object, and `unblock` restores the same bytes."""
-        if not self.weight.is_mkldnn and why_not_blocked(self.weight) is None:
+        if self.packed is not None:
+            self.packed.prepare()
+        elif not self.weight.is_mkldnn and why_not_blocked(self.weight) is None:
             self._swap(block(self.weight))
 
     def unblock(self) -> None:
-        """Keep the weight dense, as training, saving and moving want it."""
-        if self.weight.is_mkldnn:
+        """Keep the weight as training, saving and moving want it."""
+        if self.packed is not None:
+            self.packed.restore()
+        elif self.weight.is_mkldnn:
             self._swap(self.weight.detach().to_dense())
 
     def _swap(self, data: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Small formats of weights, one flat file each: how a matrix is packed, multiplied and named on disk."""

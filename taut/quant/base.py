@@ -1,0 +1,215 @@
+"""`Packed`: what every format gives `Linear` in place of a dense weight; and the kinds that hold others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Packed(nn.Module):
+    """A weight `[out_features, in_features]` in some small format, or several stacked along the output.
+
+    The buffers are the format's own, each with `sizes[unit]` entries a unit along dimension 0; a unit is one
+    matrix of the checkpoint. Moving the module moves buffers and never changes their dtypes: a product comes
+    in its input's dtype, and is computed in `compute` if that is set.
+    """
+
+    kind = "packed"
+    dense_on_disk = False  # whether saving keeps the values, since files have no name for the format
+
+    def __init__(self, rows: int, in_features: int, buffers: dict[str, Tensor]):
+        super().__init__()
+        self.rows: tuple[int, ...] = (rows,)
+        self.in_features = in_features
+        self.compute: torch.dtype | None = None
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+            self.sizes[name] = (tensor.shape[0],)
+
+    @property
+    def out_features(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    # Each format says these.
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values, `[out_features, in_features]`."""
+        raise NotImplementedError
+
+    def stored(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a single unit on disk, by what follows the module's name (`weight`, `weight.absmax`
+        ...). `dtype` is the model's."""
+        raise NotImplementedError
+
+    def joins(self, other: Packed) -> bool:
+        """Whether `other` can be stacked under this one in the same buffers."""
+        return False
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x W^T + bias` for `x` `[tokens, in_features]`, without gradients."""
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+    def runs_on(self, x: Tensor) -> str:
+        """What computes the product of an input like `x`, for people to read."""
+        return f"{self.kind}: unpacked, then dense"
+
+    # The rest follows from them.
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x W^T + bias`, `[..., in_features] -> [..., out_features]`; gradients flow to `x` and `bias`."""
+        dtype = x.dtype
+        flat = x.reshape(-1, self.in_features)
+        if self.compute is not None and self.compute is not dtype:
+            flat, bias = flat.to(self.compute), None if bias is None else bias.to(self.compute)
+        if torch.is_grad_enabled() and (flat.requires_grad or (bias is not None and bias.requires_grad)):
+            y = _Product.apply(flat, bias, self)
+        else:
+            y = self.product(flat, bias)
+        return y.to(dtype).view(*x.shape[:-1], self.out_features)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """`grad W` for `grad` `[tokens, out_features]`."""
+        return grad @ self.dequantize(grad.dtype)
+
+    def prepare(self) -> None:
+        """Bring the buffers into the layout that inference on this device reads fastest, if there is another;
+        `restore` undoes it."""
+
+    def restore(self) -> None:
+        """Undo `prepare`."""
+
+    def units(self) -> list[Packed]:
+        """The matrices that were joined, as modules over views of the buffers."""
+        self.restore()
+        if len(self.rows) == 1:
+            return [self]
+        pieces = {name: getattr(self, name).split(sizes) for name, sizes in self.sizes.items()}
+        return [self._like([rows], {n: p[i] for n, p in pieces.items()}) for i, rows in enumerate(self.rows)]
+
+    def _like(self, rows: Sequence[int], buffers: dict[str, Tensor]) -> Packed:
+        """A module of the same format and settings over other buffers."""
+        new = self.__class__.__new__(self.__class__)
+        nn.Module.__init__(new)
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in nn.Module().__dict__})
+        new.rows, new.sizes = tuple(rows), {}
+        for name, tensor in buffers.items():
+            new.register_buffer(name, tensor)
+            new.sizes[name] = (tensor.shape[0],)
+        return new
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        self.restore()
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {self.in_features}, {self.out_features}, {self.nbytes} bytes"
+
+
+class Dense(Packed):
+    """A matrix that stays as it is, beside packed ones in the same fused weight."""
+
+    kind = "dense"
+    dense_on_disk = True
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight.shape[0], weight.shape[1], {"weight": weight})
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+    def joins(self, other: Packed) -> bool:
+        return isinstance(other, Dense) and other.weight.dtype is self.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        return nn.Module._apply(self, fn, recurse)  # follows the model's dtype, as a parameter would
+
+
+class Stack(Packed):
+    """Matrices stacked along the output that don't join: other formats, or blocks that end between them."""
+
+    kind = "stack"
+
+    def __init__(self, parts: Sequence[Packed]):
+        super().__init__(0, parts[0].in_features, {})
+        self.rows = tuple(part.out_features for part in parts)
+        self.parts = nn.ModuleList(parts)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([part.dequantize(dtype) for part in self.parts])
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        pieces = [None] * len(self.rows) if bias is None else bias.split(self.rows)
+        return torch.cat([part.product(x, b) for part, b in zip(self.parts, pieces, strict=True)], -1)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        pieces = zip(self.parts, grad.split(self.rows, -1), strict=True)
+        return sum(part.input_gradient(piece) for part, piece in pieces)
+
+    def prepare(self) -> None:
+        for part in self.parts:
+            part.prepare()
+
+    def restore(self) -> None:
+        for part in self.parts:
+            part.restore()
+
+    def runs_on(self, x: Tensor) -> str:
+        return "; ".join(dict.fromkeys(part.runs_on(x) for part in self.parts))
+
+    def units(self) -> list[Packed]:
+        return [unit for part in self.parts for unit in part.units()]
+
+
+def join(units: Sequence[Packed]) -> Packed:
+    """One module for matrices stacked along the output, in as few buffers as their formats allow."""
+    groups: list[list[Packed]] = []
+    for unit in units:
+        if groups and groups[-1][0].joins(unit):
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+    parts = [_cat(group) for group in groups]
+    if len(parts) == 1:
+        return parts[0]
+    stack = Stack(parts)
+    stack.compute = parts[0].compute
+    return stack
+
+
+def _cat(group: list[Packed]) -> Packed:
+    if len(group) == 1:
+        return group[0]
+    first = group[0]
+    buffers = {name: torch.cat([getattr(unit, name) for unit in group]) for name in first.sizes}
+    whole = first._like([unit.out_features for unit in group], buffers)
+    whole.sizes = {name: tuple(getattr(unit, name).shape[0] for unit in group) for name in first.sizes}
+    return whole
+
+
+class _Product(torch.autograd.Function):
+    """A product whose backward unpacks the weight again, so that no dense copy outlives the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
+        ctx.packed, ctx.biased = packed, bias is not None
+        return packed.product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_x = ctx.packed.input_gradient(grad) if ctx.needs_input_grad[0] else None
+        to_bias = grad.sum(0) if ctx.biased and ctx.needs_input_grad[1] else None
+        return to_x, to_bias, None

@@ -1,0 +1,129 @@
+"""Which matrices of a checkpoint are packed, and how: what the caller asks for, and what the files say."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from taut.checkpoint import Checkpoint, LazyTensor
+from taut.checkpoint.base import some
+from taut.errors import RequestError
+from taut.quant.config import BitsAndBytesConfig
+from taut.quant.stored import (
+    AsStored,
+    Packer,
+    Quantize,
+    StoredMatrix,
+    open_bitsandbytes,
+    open_gguf_blocks,
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint's tensors, packed ones under their own shapes; what packs which; and the config that
+    saving writes, None for a model that bitsandbytes has no words for."""
+
+    tensors: Mapping[str, LazyTensor]
+    packers: Mapping[str, Packer] = field(default_factory=dict)
+    config: BitsAndBytesConfig | None = None
+
+
+def asked(load_in_4bit: bool, load_in_8bit: bool, quantization_config: Any) -> BitsAndBytesConfig | None:
+    """What a caller of `from_pretrained` wants, None if nothing."""
+    for name, value in (("load_in_4bit", load_in_4bit), ("load_in_8bit", load_in_8bit)):
+        if not isinstance(value, (bool, type(None))):
+            raise RequestError(f"{name} is {value!r}; expected True or False")
+    if load_in_4bit and load_in_8bit:
+        raise RequestError("load_in_4bit and load_in_8bit are both True; choose one")
+    if quantization_config is None:
+        if not (load_in_4bit or load_in_8bit):
+            return None
+        return BitsAndBytesConfig(load_in_4bit=bool(load_in_4bit), load_in_8bit=bool(load_in_8bit))
+    config = BitsAndBytesConfig.of(quantization_config)
+    if load_in_4bit or load_in_8bit:
+        raise RequestError(
+            "give load_in_4bit or load_in_8bit inside quantization_config or beside it, not both"
+        )
+    if config.format is None:
+        raise RequestError(
+            "quantization_config asks for neither load_in_4bit nor load_in_8bit; set one, or leave it out"
+        )
+    return config
+
+
+def choose(
+    checkpoint: Checkpoint,
+    wanted: BitsAndBytesConfig | None,
+    linears: Sequence[str],
+    dtype: torch.dtype,
+    *,
+    keep_blocks: bool,
+) -> Choice:
+    """The `Choice` for a model whose linear layers are `linears`, by the names of their matrices on disk.
+
+    `keep_blocks`: GGUF's 4- and 8-bit linear layers stay packed, where nothing else is asked for. Raises
+    `RequestError` where a packed checkpoint is asked for in another format or nothing can be packed, and
+    `ConfigError` or `CheckpointError` for a checkpoint's own quantization that is unknown or incomplete.
+    """
+    own = checkpoint.config.get("quantization_config")
+    if own is not None:
+        stored = BitsAndBytesConfig.of(own, f"{checkpoint.path}: quantization_config")
+        return _own(checkpoint, stored, wanted, linears, dtype)
+    if wanted is None:
+        if not keep_blocks:
+            return Choice(checkpoint.tensors)
+        return _keep_blocks(checkpoint, linears)
+    blocks = {getattr(checkpoint.tensors.get(name), "block_format", None) for name in linears} - {None}
+    if blocks:
+        raise RequestError(
+            f"{checkpoint.path} is quantized already ({', '.join(sorted(blocks))}); quantizing it again to "
+            f"{wanted.format} would only lose more: leave the option out, or start from the 16-bit model"
+        )
+    packed = [name for name in linears if not wanted.skips(name.removesuffix(".weight"))]
+    if not packed:
+        raise RequestError(
+            f"{wanted.format} was asked for, but the model has no linear layer to pack"
+            + (f": llm_int8_skip_modules leaves out all {len(linears)}" if linears else "")
+        )
+    return Choice(checkpoint.tensors, dict.fromkeys(packed, Quantize(wanted)), wanted)
+
+
+def _own(
+    checkpoint: Checkpoint,
+    own: BitsAndBytesConfig,
+    wanted: BitsAndBytesConfig | None,
+    linears: Sequence[str],
+    dtype: torch.dtype,
+) -> Choice:
+    """A checkpoint that bitsandbytes' format holds already."""
+    if wanted is not None and wanted.load_in_8bit != own.load_in_8bit:
+        raise RequestError(
+            f"{checkpoint.path} is quantized already, to {own.format}, and {wanted.format} is asked for; "
+            "leave the option out, or start from the 16-bit model"
+        )
+    tensors = open_bitsandbytes(checkpoint.tensors, own, dtype)
+    packed = [name for name in linears if isinstance(tensors.get(name), StoredMatrix)]
+    dense = [n for n in linears if n not in packed and not own.skips(n.removesuffix(".weight"))]
+    if not packed and own.format is not None:
+        raise RequestError(
+            f"{checkpoint.path}: config.json says the weights are {own.format}, but no linear layer is; "
+            "remove 'quantization_config' from it, or download the files again"
+        )
+    if dense:
+        warnings.warn(
+            f"{checkpoint.path}: config.json says {own.format}, but {some(dense)} are not and stay dense",
+            stacklevel=4,
+        )
+    return Choice(tensors, dict.fromkeys(packed, AsStored(own.compute)), own)
+
+
+def _keep_blocks(checkpoint: Checkpoint, linears: Sequence[str]) -> Choice:
+    tensors = dict(checkpoint.tensors)
+    tensors.update(open_gguf_blocks({name: tensors[name] for name in linears if name in tensors}))
+    packed = [name for name in linears if isinstance(tensors.get(name), StoredMatrix)]
+    return Choice(tensors, dict.fromkeys(packed, AsStored()))

@@ -1,0 +1,117 @@
+"""LLM.int8(): 8-bit weights and activations by row, with outlier columns in 16 bit (Dettmers et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taut.errors import CheckpointError
+from taut.quant.base import Packed
+
+NAMES = ("SCB", "weight_format")
+_ROW_FORMAT = 0  # bitsandbytes' "row"; its others are layouts of older GPUs that newer versions don't write
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 `[rows, n]` and each row's largest magnitude, float32 `[rows]`: `values = q * largest / 127`."""
+    values = values.float()
+    largest = values.abs().amax(1)
+    steps = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return (values * steps[:, None]).round_().to(torch.int8), largest
+
+
+class Int8(Packed):
+    """Weights as int8 rows and a float32 scale a row.
+
+    A product of several rows quantizes each token's activations by its largest magnitude too, after taking
+    out every column in which one of them reaches `threshold` (0: none); those columns are multiplied in the
+    activations' own dtype and added. A single row is multiplied as it is by the int8 weights, which reads the
+    same bytes and is at least as exact.
+
+    | buffer | shape |
+    |---|---|
+    | `values` | int8 `[out_features, in_features]` |
+    | `scale` | float32 `[out_features]`, the largest magnitude of each row |
+    """
+
+    kind = "int8"
+
+    def __init__(self, values: Tensor, scale: Tensor, threshold: float):
+        super().__init__(values.shape[0], values.shape[1], {"values": values, "scale": scale})
+        self.threshold = threshold
+
+    @classmethod
+    def pack(cls, weight: Tensor, threshold: float) -> Int8:
+        """Quantize `weight` `[out, in]`, through float16 as bitsandbytes does, where it is."""
+        return cls(*quantize_rows(weight.detach().half()), threshold)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        # 1 / 127 in float32 first, as bitsandbytes has it.
+        return (self.values.float() * (self.scale * (1 / 127))[:, None]).to(dtype)
+
+    def joins(self, other: Packed) -> bool:
+        return isinstance(other, Int8) and (other.threshold, other.compute) == (self.threshold, self.compute)
+
+    def stored(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
+            "weight": self.values,
+            "SCB": self.scale,
+            "weight_format": torch.tensor(_ROW_FORMAT, dtype=torch.uint8),
+        }
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] == 1:
+            return self._one_row(x, bias)
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.out_features)
+        outliers = self._outliers(x)
+        inside = x if outliers is None else x.index_fill(1, outliers, 0)
+        quantized, largest = quantize_rows(inside)
+        y = _int_product(quantized, self.values)
+        y = y * (largest[:, None] * (self.scale * (1 / 127**2)))
+        if outliers is not None:
+            columns = self.values[:, outliers].float() * (self.scale * (1 / 127))[:, None]
+            y += F.linear(x[:, outliers], columns.to(x.dtype)).float()
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def runs_on(self, x: Tensor) -> str:
+        if x.shape[0] > 1:
+            return "int8: LLM.int8()"
+        fast = x.device.type == "cpu" and x.dtype is torch.bfloat16
+        return "int8: PyTorch's 8-bit product" if fast else super().runs_on(x)
+
+    def _outliers(self, x: Tensor) -> Tensor | None:
+        """Columns of `x` that reach the threshold, or None."""
+        if self.threshold <= 0:
+            return None
+        columns = (x.abs() >= self.threshold).any(0).nonzero().view(-1)
+        return columns if columns.numel() else None
+
+    def _one_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.device.type == "cpu" and x.dtype is torch.bfloat16:
+            y = torch._weight_int8pack_mm(x, self.values, (self.scale * (1 / 127)).to(x.dtype))
+            return y if bias is None else y + bias
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+
+def _int_product(x: Tensor, values: Tensor) -> Tensor:
+    """`x values^T` of int8 matrices in int32, as float32."""
+    return torch._int_mm(x, values.T).float()
+
+
+def read(name: str, get: Mapping[str, Callable[[], Tensor]], threshold: float) -> Int8:
+    """The matrix `name` from its tensors on disk; `CheckpointError` where they don't fit together."""
+    values, scale = get["weight"](), get["SCB"]()
+    if "weight_format" in get and (form := int(get["weight_format"]())) != _ROW_FORMAT:
+        raise CheckpointError(
+            f"{name}: 'weight_format' is {form}, a layout of older GPUs; only 0 (by row) is supported. "
+            "Save it again with a current bitsandbytes"
+        )
+    if scale.dtype is not torch.float32 or scale.numel() != values.shape[0]:
+        raise CheckpointError(
+            f"{name}: 'SCB' is {scale.dtype} {list(scale.shape)}; expected float32 [{values.shape[0]}]"
+        )
+    return Int8(values, scale.reshape(-1), threshold)
