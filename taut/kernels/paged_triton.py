@@ -122,6 +122,7 @@ def _decode(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     RELATIVE: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -234,9 +235,10 @@ def _decode(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
     pair = token * heads + head
-    if used == 1:
+    whole = used == 1
+    if not SPLIT or whole:
         tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & real[None, :])
-    else:
+    if SPLIT and not whole:
         place = pair * splits + split
         tl.store(parts + place[:, None] * DIM + d[None, :], acc, mask=live[:, None] & real[None, :])
         tl.store(sums + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(total)), mask=live)
@@ -279,10 +281,10 @@ class Tiles:
 def tiles(dim: int, block_r: int, itemsize: int) -> Tiles:
     """Measured choice for a padded head dim, rows of a tile and bytes of a number."""
     if itemsize == 4:
-        return Tiles(32 if dim <= 128 else 16, 4, 2, 2)
-    if dim <= 128:
-        return Tiles(64, 4, 3, 2)
-    return Tiles(32, 4, 3, 2)
+        return Tiles(16, 4, 2, 2)
+    if block_r > 16:
+        return Tiles(64, 4, 5, 2)
+    return Tiles(32, 4, 5, 4 if dim <= 128 else 2)
 
 
 def split_count(programs: int, context: int, least: int, room: int) -> int:
@@ -418,6 +420,7 @@ def paged_attention(
         SOFTCAP=scoring.softcap is not None,
         ALIBI=slopes is not None,
         RELATIVE=relative is not None,
+        SPLIT=p.splits > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCKS=p.blocks,
         BLOCK_R=p.block_r,

@@ -40,7 +40,7 @@ def agree(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> N
         leaves = [t.to(wide).requires_grad_() for t in inputs]
         out = getattr(module, name)(*leaves, *tail)
         out = out if isinstance(out, tuple) else (out,)
-        seeds = [torch.sin(torch.arange(o.numel(), device=device)).view_as(o).to(wide) for o in out]
+        seeds = [torch.sin(torch.arange(o.numel(), device=device)).view_as(o).to(dtype).to(wide) for o in out]
         results.append((*out, *torch.autograd.grad(out, leaves, seeds)))
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape
