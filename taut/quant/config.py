@@ -23,8 +23,8 @@ class BitsAndBytesConfig:
     """4-bit (`load_in_4bit`) or 8-bit (`load_in_8bit`) linear layers, as transformers' class of this name.
 
     `bnb_4bit_quant_type`: "fp4" or "nf4". `bnb_4bit_use_double_quant`: scales in 8 bits too.
-    `bnb_4bit_compute_dtype`: what 4-bit products are computed in; None, and float32, which files hold where
-    nobody chose, stand for the model's own dtype (sums are float32 in any case). `bnb_4bit_quant_storage`:
+    `bnb_4bit_compute_dtype`: what 4-bit products are computed in; float32, which files hold where nobody
+    chose, and None stand for the model's own dtype (sums are float32 in any case). `bnb_4bit_quant_storage`:
     the dtype that saved codes are viewed as. `bnb_4bit_blocksize`: values that share a scale.
     `llm_int8_threshold`: magnitude from which a column of activations stays in 16 bit; 0: never.
     `llm_int8_skip_modules`: modules that stay as they are, by the beginning or the end of their names, `*`
@@ -73,7 +73,8 @@ class BitsAndBytesConfig:
             isinstance(skip, (list, tuple)) and all(isinstance(s, str) for s in skip)
         ):
             raise ConfigError(f"llm_int8_skip_modules is {skip!r}; expected a list of module names")
-        for name, default in (("bnb_4bit_compute_dtype", None), ("bnb_4bit_quant_storage", torch.uint8)):
+        defaults = {"bnb_4bit_compute_dtype": torch.float32, "bnb_4bit_quant_storage": torch.uint8}
+        for name, default in defaults.items():
             object.__setattr__(self, name, _dtype(name, getattr(self, name), default))
 
     @classmethod
@@ -129,9 +130,8 @@ class BitsAndBytesConfig:
         out = {field.name: getattr(self, field.name) for field in fields(self)}
         if out["bnb_4bit_blocksize"] == 64:
             del out["bnb_4bit_blocksize"]  # transformers has no such key, and bitsandbytes this value
-        compute = out["bnb_4bit_compute_dtype"] or torch.float32
-        out["bnb_4bit_compute_dtype"] = str(compute).removeprefix("torch.")
-        out["bnb_4bit_quant_storage"] = str(out["bnb_4bit_quant_storage"]).removeprefix("torch.")
+        for name in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
+            out[name] = str(out[name]).removeprefix("torch.")
         return {**out, "quant_method": "bitsandbytes"}
 
 
@@ -142,7 +142,7 @@ def _matches(pattern: str, module: str) -> bool:
     return any(fnmatch.fnmatchcase(module, form) for form in (escaped, f"{escaped}.*", f"*{escaped}"))
 
 
-def _dtype(name: str, value: Any, default: torch.dtype | None) -> torch.dtype | None:
+def _dtype(name: str, value: Any, default: torch.dtype) -> torch.dtype:
     if value is None:
         return default
     key = str(value).removeprefix("torch.")
