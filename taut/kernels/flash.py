@@ -7,15 +7,18 @@ warp-specialized kernels of `flash_hopper`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from taut.errors import RequestError
-from taut.kernels import flash_hopper
+from taut.kernels import flash_hopper, flash_hopper_backward
 from taut.kernels.attention import Pages, Scoring
 from taut.kernels.device import multiprocessors
+from taut.kernels.flash_hopper_backward import SLOT
 
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
@@ -234,6 +237,29 @@ def _delta(
     do = _load_rows(DO + wide * do_head, at, do_token, d, inside, DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + wide * tokens + at, delta, mask=inside)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _statistics(
+    OUT, DO, LSE, LSE_TILES, DELTA_TILES, starts, tokens, rows, o_token, o_head, do_token, do_head,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """LSE and row sums of `out * dout` laid out by grid slots, `[heads, slots * BLOCK_M]`: Hopper's copy
+    engine reads from addresses in units of 16 bytes, and rows begin anywhere. +inf and 0 past a row's end."""
+    slot = tl.program_id(0)
+    wide = tl.program_id(1).to(tl.int64)
+    _row, begin, queries, tile = _find_row(starts, slot, rows, BLOCK_M)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < queries
+    d = tl.arange(0, BLOCK_D)
+    at = (begin + m).to(tl.int64)
+    out = _load_rows(OUT + wide * o_head, at, o_token, d, inside, DIM, BLOCK_D, True)
+    do = _load_rows(DO + wide * do_head, at, do_token, d, inside, DIM, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    lse = tl.load(LSE + wide * tokens + at, mask=inside, other=float("inf"))
+    to = (wide * tl.num_programs(0) + slot) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(LSE_TILES + to, lse)
+    tl.store(DELTA_TILES + to, delta)
 
 
 @triton.jit
@@ -537,8 +563,8 @@ def _launch(
 
 
 def _tile(kernel: str, q: Tensor) -> tuple[int, int, int, int]:
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
-    return (_TILES_HOPPER if hopper else _TILES)[kernel][block_dim(q.shape[2])]
+    tiles = _TILES_HOPPER if flash_hopper.is_hopper(q.device) else _TILES
+    return tiles[kernel][block_dim(q.shape[2])]
 
 
 def _rows_apart(t: Tensor) -> Tensor:
@@ -560,14 +586,9 @@ def _reach(relative: Tensor | None) -> int:
     return 0 if relative is None else relative.shape[1] // 2
 
 
-@torch.library.custom_op(
-    "taut::flash_forward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor key_starts, Tensor? table, Tensor? lengths, "
-    "Tensor? slopes, Tensor? relative, float scale, bool causal, int window, float softcap) "
-    "-> (Tensor, Tensor)",
-)
-def _attend(q, k, v, starts, key_starts, table, lengths, slopes, relative, scale, causal, window, softcap):
+def _forward_pass(
+    q, k, v, starts, key_starts, table, lengths, slopes, relative, scale, causal, window, softcap
+):
     """Attention, and the base-2 logarithms `[heads, tokens]` of the sums of weights. `window` -1: none."""
     q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
     tokens, heads, dim = q.shape
@@ -598,19 +619,7 @@ def _attend(q, k, v, starts, key_starts, table, lengths, slopes, relative, scale
     return out, lse
 
 
-@_attend.register_fake
-def _(q, k, v, starts, key_starts, table, lengths, slopes, relative, scale, causal, window, softcap):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "taut::flash_backward",
-    mutates_args=(),
-    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-    "Tensor key_starts, Tensor? slopes, Tensor? relative, float scale, bool causal, int window, "
-    "float softcap, bool d_relative) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _attend_backward(
+def _backward_pass(
     do, q, k, v, out, lse, starts, key_starts, slopes, relative, scale, causal, window, softcap, d_relative
 ):
     """Gradients of q, k, v and, if `d_relative`, of the relative bias (otherwise empty). That of the bias
@@ -622,63 +631,78 @@ def _attend_backward(
     flags = _flags(causal, window, softcap, slopes, relative)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_bias = torch.zeros(relative.shape if d_relative else (0,), dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(lse)
-    if tokens:
-        _delta[(triton.cdiv(tokens, 64), heads)](
-            out, do, delta, tokens, out.stride(0), out.stride(1), do.stride(0), do.stride(1),
-            DIM=dim, BLOCK_D=block_dim(dim), BLOCK_M=64,
+    hopper = (
+        flash_hopper.accepts(q, k, v, relative)
+        and flash_hopper.accepts(do, k, v, relative)
+        and flash_hopper_backward.accepts(q, softcap)
+    )
+    if hopper:
+        slots = tokens // flash_hopper_backward.SLOT + rows
+        stats = torch.empty(
+            2, heads, slots * flash_hopper_backward.SLOT, dtype=torch.float32, device=q.device
+        )
+        _statistics[(slots, heads)](
+            out, do, lse, *stats, starts, tokens, rows, out.stride(0), out.stride(1), do.stride(0),
+            do.stride(1), DIM=dim, BLOCK_D=block_dim(dim), BLOCK_M=SLOT,
         )  # fmt: skip
-    tile = _tile("dq", q)
-    _launch(
-        _backward_dq,
-        (tokens // tile[0] + rows, heads) if tokens else (0,),
-        tile,
-        dim,
-        (
-            q, k, v, do, lse, delta, dq, starts, key_starts, slopes, relative, d_bias, tokens, rows, group,
-            window, _reach(relative), scale * LOG2E, softcap, scale, q.stride(0), q.stride(1), k.stride(0),
-            k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1), dq.stride(0), dq.stride(1),
-        ),
-        D_RELATIVE=d_relative,
-        **flags,
-    )  # fmt: skip
+        flash_hopper_backward.dq(
+            q, k, v, do, *stats, dq, starts, key_starts, slopes, scale * LOG2E, scale, causal, window
+        )  # fmt: skip
+    else:
+        delta = torch.empty_like(lse)
+        if tokens:
+            _delta[(triton.cdiv(tokens, 64), heads)](
+                out, do, delta, tokens, out.stride(0), out.stride(1), do.stride(0), do.stride(1),
+                DIM=dim, BLOCK_D=block_dim(dim), BLOCK_M=64,
+            )  # fmt: skip
+        tile = _tile("dq", q)
+        _launch(
+            _backward_dq,
+            (tokens // tile[0] + rows, heads) if tokens else (0,),
+            tile,
+            dim,
+            (
+                q, k, v, do, lse, delta, dq, starts, key_starts, slopes, relative, d_bias, tokens, rows,
+                group, window, _reach(relative), scale * LOG2E, softcap, scale, q.stride(0), q.stride(1),
+                k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1), dq.stride(0),
+                dq.stride(1),
+            ),
+            D_RELATIVE=d_relative,
+            **flags,
+        )  # fmt: skip
 
     # The query heads of a group are summed inside a program; where that would leave multiprocessors idle
     # (few key heads), a group is split into parts and those are summed afterwards.
     tile = _tile("dkdv", q)
-    tiles = keys // tile[1] + rows
+    tiles = keys // (128 if hopper else tile[1]) + rows
     wanted = triton.cdiv(2 * multiprocessors(q.device), max(tiles * kv_heads, 1))
     split = triton.cdiv(group, min(group, wanted))
     parts = triton.cdiv(group, split)
+    shape = (parts, keys, kv_heads, dim)
     dk, dv = (
-        torch.empty(
-            (parts, keys, kv_heads, dim), dtype=torch.float32 if parts > 1 else k.dtype, device=k.device
-        )
-        for _ in range(2)
+        torch.empty(shape, dtype=torch.float32 if parts > 1 else k.dtype, device=k.device) for _ in range(2)
     )
-    _launch(
-        _backward_dkdv,
-        (tiles, kv_heads, parts) if keys else (0,),
-        tile,
-        dim,
-        (
-            q, k, v, do, lse, delta, dk, dv, starts, key_starts, slopes, relative, tokens, rows, group, split,
-            window, _reach(relative), scale * LOG2E, softcap, scale, q.stride(0), q.stride(1), k.stride(0),
-            k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1), dk.stride(0), dk.stride(1),
-            dk.stride(2),
-        ),
-        **flags,
-    )  # fmt: skip
+    if hopper:
+        flash_hopper_backward.dkdv(
+            q, k, v, do, *stats, dk, dv, starts, key_starts, slopes, split, scale * LOG2E, scale, causal,
+            window,
+        )  # fmt: skip
+    else:
+        _launch(
+            _backward_dkdv,
+            (tiles, kv_heads, parts) if keys else (0,),
+            tile,
+            dim,
+            (
+                q, k, v, do, lse, delta, dk, dv, starts, key_starts, slopes, relative, tokens, rows, group,
+                split, window, _reach(relative), scale * LOG2E, softcap, scale, q.stride(0), q.stride(1),
+                k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1), dk.stride(0),
+                dk.stride(1), dk.stride(2),
+            ),
+            **flags,
+        )  # fmt: skip
     dk, dv = (t[0] if parts == 1 else t.sum(0).to(k.dtype) for t in (dk, dv))
     return dq, dk, dv, d_bias
-
-
-@_attend_backward.register_fake
-def _(
-    do, q, k, v, out, lse, starts, key_starts, slopes, relative, scale, causal, window, softcap, d_relative
-):
-    d_bias = q.new_empty(relative.shape if d_relative else (0,), dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
 
 
 def _remember(ctx, inputs, output) -> None:
@@ -687,21 +711,69 @@ def _remember(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output, starts, key_starts, slopes, relative)
 
 
-def _differentiate(ctx, do: Tensor, _):
+def _differentiate(ctx, do: Tensor, backward_pass: Callable) -> tuple[Tensor | None, ...]:
     if ctx.paged:
         raise RequestError(
             "attention over cache pages has no backward pass; pass the keys and values themselves"
         )
     q, k, v, out, lse, starts, key_starts, slopes, relative = ctx.saved_tensors
     d_relative = ctx.needs_input_grad[8]
-    dq, dk, dv, d_bias = _attend_backward(
+    dq, dk, dv, d_bias = backward_pass(
         do, q, k, v, out, lse, starts, key_starts, slopes, relative, *ctx.scoring, d_relative
     )
     d_bias = d_bias.to(relative.dtype) if d_relative else None
     return dq, dk, dv, None, None, None, None, None, d_bias, None, None, None, None
 
 
-_attend.register_autograd(_differentiate, setup_context=_remember)
+class _Attention(torch.autograd.Function):
+    """The op outside of `torch.compile`."""
+
+    forward = staticmethod(_forward_pass)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _remember(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, do: Tensor, _):
+        return _differentiate(ctx, do, _backward_pass)
+
+
+# The same inside `torch.compile`, which looks at operators from the outside only. Called directly they would
+# cost as much time on the host as all the rest of a launch.
+_forward_op = torch.library.custom_op(
+    "taut::flash_forward",
+    _forward_pass,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor key_starts, Tensor? table, Tensor? lengths, "
+    "Tensor? slopes, Tensor? relative, float scale, bool causal, int window, float softcap) "
+    "-> (Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    "taut::flash_backward",
+    _backward_pass,
+    mutates_args=(),
+    schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
+    "Tensor key_starts, Tensor? slopes, Tensor? relative, float scale, bool causal, int window, "
+    "float softcap, bool d_relative) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_forward_op.register_autograd(
+    lambda ctx, do, _: _differentiate(ctx, do, _backward_op), setup_context=_remember
+)
+
+
+@_forward_op.register_fake
+def _(q, k, v, starts, key_starts, table, lengths, slopes, relative, scale, causal, window, softcap):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(
+    do, q, k, v, out, lse, starts, key_starts, slopes, relative, scale, causal, window, softcap, d_relative
+):
+    d_bias = q.new_empty(relative.shape if d_relative else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
 
 
 def why_not(q: Tensor, scoring: Scoring) -> str | None:
@@ -748,7 +820,7 @@ def flash_attention(
     window = -1 if scoring.window is None else scoring.window
     if key_starts is None and window >= (longest if pages is None else pages.longest):
         window = -1  # no key is that far away
-    out, _ = _attend(
+    call = (
         q,
         k,
         v,
@@ -763,4 +835,9 @@ def flash_attention(
         window,
         scoring.softcap or 0.0,
     )
-    return out
+    if torch.compiler.is_compiling():
+        return _forward_op(*call)[0]
+    learned = (q, k, v) if scoring.relative is None else (q, k, v, scoring.relative)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
+        return _Attention.apply(*call)[0]
+    return _forward_pass(*call)[0]

@@ -6,6 +6,8 @@ takes the softmax of the last ones, and the warpgroups take turns at the matrix 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -138,18 +140,17 @@ def _clear_rows(v, keep, N: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _attend_blocks(
-    smem, bars, p, o, top, total, begin, end, first_block, position, keys, window, slope,
+    q, smem, bars, p, o, top, total, begin, end, first_block, position, keys, window, slope,
     scale, softcap, turn, WG: gl.constexpr, WGS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
-    ALIBI: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
+    ALIBI: gl.constexpr, PINGPONG: gl.constexpr, HOLD: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Steps `begin` .. `end`: multiply block i of the keys while block i - 1 is still due its values."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    q_smem, k_smem, v_smem = smem
+    _, k_smem, v_smem = smem
     _, k_full, k_empty, v_full, v_empty, turns = bars
-    q = q_smem.index(WG)
     for i in range(begin, end):
         stage = i % STAGES
         mbarrier.wait(k_full.index(stage), i // STAGES & 1)
@@ -181,7 +182,7 @@ def _attend_blocks(
 def _multiply(
     smem, bars, out, lse, slopes, scalars, blocks, WG: gl.constexpr, WGS: gl.constexpr, ROWS: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PINGPONG: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, PINGPONG: gl.constexpr, HOLD: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: `ROWS` queries against all key blocks."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -201,11 +202,13 @@ def _multiply(
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
     o = gl.zeros([ROWS, D], gl.float32, ACC)
-    q = q_smem.index(WG)
     turn = 1 if WG == 0 else 0  # the first waits for nobody
     turn = gl.to_tensor(turn)
     if count > 0:
         mbarrier.wait(q_full, 0)
+        q = q_smem.index(WG)
+        if HOLD:
+            q = q.load(gl.DotOperandLayout(0, S, 2))
         mbarrier.wait(k_full.index(0), 0)
         if PINGPONG:
             mbarrier.wait(turns.index(WG), turn)
@@ -225,19 +228,20 @@ def _multiply(
             mbarrier.wait(v_full.index(0), 0)
             _clear_rows(v_smem.index(0), keys - first_block * N, N, D)
         p, o, top, total, turn = _attend_blocks(
-            smem, bars, p, o, top, total, 1, until_whole, first_block, position, keys, window, slope,
-            scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, True,
+            q, smem, bars, p, o, top, total, 1, until_whole, first_block, position, keys, window, slope,
+            scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD,
+            True,
         )  # fmt: skip
         p, o, top, total, turn = _attend_blocks(
-            smem, bars, p, o, top, total, until_whole, until_masked, first_block, position, keys, window,
+            q, smem, bars, p, o, top, total, until_whole, until_masked, first_block, position, keys, window,
             slope, scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI,
-            PINGPONG, False,
+            PINGPONG, HOLD, False,
         )  # fmt: skip
         if WINDOW:
             p, o, top, total, turn = _attend_blocks(
-                smem, bars, p, o, top, total, until_masked, count, first_block, position, keys, window,
+                q, smem, bars, p, o, top, total, until_masked, count, first_block, position, keys, window,
                 slope, scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI,
-                PINGPONG, True,
+                PINGPONG, HOLD, True,
             )  # fmt: skip
         last = (count - 1) % STAGES
         mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
@@ -250,12 +254,13 @@ def _multiply(
     share = gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0)
     o = o * gl.convert_layout(share, gl.SliceLayout(1, ACC))[:, None]
     # Through shared memory, the queries' own, so that a row is written in whole sectors.
-    q.store(o.to(dtype))
+    rows = q_smem.index(WG)
+    rows.store(o.to(dtype))
     W: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     row = first + WG * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, W))
     column = gl.arange(0, D, gl.SliceLayout(0, W))
     where = (token + row).to(gl.int64)[:, None] * o_token + head.to(gl.int64) * o_head + column[None, :]
-    gl.store(out + where, q.load(W), mask=(row < queries)[:, None])
+    gl.store(out + where, rows.load(W), mask=(row < queries)[:, None])
 
 
 @gluon.jit(do_not_specialize=_COUNTS)
@@ -264,7 +269,7 @@ def _forward(
     scale, softcap, o_token, o_head,
     WGS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
-    PINGPONG: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr, num_warps: gl.constexpr,
+    PINGPONG: gl.constexpr, HOLD: gl.constexpr, LOAD_REGS: gl.constexpr, MULTIPLY_REGS: gl.constexpr,
 ):  # fmt: skip
     M: gl.constexpr = WGS * ROWS
     slot = gl.num_programs(0) - 1 - gl.program_id(0)
@@ -312,9 +317,9 @@ def _forward(
         gl.warp_specialize(
             [
                 (_multiply, (smem, bars, out, lse, slopes, scalars, blocks, 0, WGS, ROWS, N, D, STAGES,
-                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG)),
+                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD)),
                 (_multiply, (smem, bars, out, lse, slopes, scalars, blocks, 1, WGS, ROWS, N, D, STAGES,
-                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG)),
+                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD)),
                 (_load, (descs, smem, bars, token + first, key, columns, end - 1, count,
                          WGS, ROWS, N, STAGES)),
             ],
@@ -325,11 +330,11 @@ def _forward(
         gl.warp_specialize(
             [
                 (_multiply, (smem, bars, out, lse, slopes, scalars, blocks, 0, WGS, ROWS, N, D, STAGES,
-                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG)),
+                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD)),
                 (_multiply, (smem, bars, out, lse, slopes, scalars, blocks, 1, WGS, ROWS, N, D, STAGES,
-                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG)),
+                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD)),
                 (_multiply, (smem, bars, out, lse, slopes, scalars, blocks, 2, WGS, ROWS, N, D, STAGES,
-                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG)),
+                             CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD)),
                 (_load, (descs, smem, bars, token + first, key, columns, end - 1, count,
                          WGS, ROWS, N, STAGES)),
             ],
@@ -338,17 +343,33 @@ def _forward(
         )  # fmt: skip
 
 
-# Warpgroups, queries each, keys a block, stages, taking turns; by head dim. Measured on an H100.
-_TILES = {64: (2, 64, 128, 2, True), 128: (2, 64, 128, 2, True), 256: (2, 64, 64, 2, True)}
-# Registers: a thread's at launch, a loading thread's, a multiplying one's.
-_REGISTERS = {2: (168, 24, 240), 3: (128, 32, 160)}
+# By head dim: warpgroups, queries each, keys a block, stages, whether the warpgroups take turns, whether they
+# hold the queries in registers, and registers a thread at launch. Measured on an H100.
+_TILES = {
+    64: (3, 64, 128, 2, True, False, 128),
+    128: (2, 64, 128, 2, False, False, 168),
+    256: (2, 64, 64, 2, True, False, 168),
+}
+# For rows of at most 2048 tokens on average: two programs a multiprocessor, one starting while another ends.
+_TILES_SHORT = _TILES | {64: (2, 64, 64, 2, False, False, 80)}
+# Of the registers at launch, those of a loading and of a multiplying thread.
+_REGISTERS = {168: (24, 240), 128: (32, 160), 80: (24, 104)}
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def _layout(block: int, dim: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([block, dim], gl.bfloat16)  # of 16 bits, whichever
 
 
 def _describe(t: Tensor, block: int) -> TensorDescriptor:
     """`t` `[tokens, heads, head_dim]` as tiles of `block` tokens of one head."""
-    shape = [block, t.shape[2]]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)  # of 16 bits, whichever
-    return TensorDescriptor(t, [t.shape[0], t.shape[1] * t.shape[2]], [t.stride(0), 1], shape, layout)
+    tokens, heads, dim = t.shape
+    return TensorDescriptor(t, [tokens, heads * dim], [t.stride(0), 1], [block, dim], _layout(block, dim))
 
 
 def _copyable(t: Tensor) -> bool:
@@ -365,8 +386,7 @@ def _copyable(t: Tensor) -> bool:
 def accepts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None) -> bool:
     """Whether `forward` takes these: a Hopper GPU, head dims 64, 128 or 256, no relative bias."""
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        is_hopper(q.device)
         and q.shape[2] in _TILES
         and relative is None
         and all(_copyable(t) for t in (q, k, v))
@@ -376,9 +396,10 @@ def accepts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None) -> bool:
 def forward(q, k, v, out, lse, starts, key_starts, slopes, scale, causal, window, softcap, tile=None) -> None:
     """Fill `out` and `lse` as `flash` does; `scale` is that of scores in units of log2."""
     tokens, heads, dim = q.shape
-    wgs, queries, keys, stages, turns = tile or _TILES[dim]
     rows = starts.shape[0] - 1
-    launch, load, multiply = _REGISTERS[wgs]
+    tile = tile or (_TILES_SHORT if tokens <= 2048 * rows else _TILES)[dim]
+    wgs, queries, keys, stages, turns, hold, launch = tile
+    load, multiply = _REGISTERS[launch]
     _forward[(tokens // (wgs * queries) + rows, heads)](
         _describe(q, queries),
         _describe(k, keys),
@@ -406,6 +427,7 @@ def forward(q, k, v, out, lse, starts, key_starts, slopes, scale, causal, window
         SOFTCAP=softcap > 0,
         ALIBI=slopes is not None,
         PINGPONG=turns,
+        HOLD=hold,
         LOAD_REGS=load,
         MULTIPLY_REGS=multiply,
         num_warps=4,
