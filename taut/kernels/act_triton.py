@@ -89,7 +89,14 @@ def _run_forward(gate_up: Tensor, act: str) -> Tensor:
     if out.numel():
         grid = (tokens, triton.cdiv(hidden, _BLOCK))
         _forward[grid](
-            gate_up, out, hidden, gate_up.stride(0), act, _BLOCK, num_warps=4, **launch_options(gate_up.device)
+            gate_up,
+            out,
+            hidden,
+            gate_up.stride(0),
+            act,
+            _BLOCK,
+            num_warps=4,
+            **launch_options(gate_up.device),
         )
     return out
 

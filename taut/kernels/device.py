@@ -49,8 +49,8 @@ def shared_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory that the programs of a launch meet in: `parts` float32 for partial results, `counters` int32 that
-    every launch finds and leaves at zero. One serves all launches of a stream, one after the other."""
+    """Memory that the programs of a launch meet in: `parts` float32 for partial results, `counters` int32
+    that every launch finds and leaves at zero. One serves all launches of a stream, one after the other."""
 
     parts: Tensor
     counters: Tensor
@@ -64,9 +64,7 @@ class Workspace:
 
     def fits(self, device: torch.device, floats: int, counters: int) -> bool:
         return (
-            self.parts.device == device
-            and self.parts.numel() >= floats
-            and self.counters.numel() >= counters
+            self.parts.device == device and self.parts.numel() >= floats and self.counters.numel() >= counters
         )
 
 

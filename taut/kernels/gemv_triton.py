@@ -198,16 +198,10 @@ def _by_tensor_cores(
         if not EVEN:
             mask = mask & (at < K)
         v = tl.load(source + start, mask=mask, other=0.0)
-        if X_FIRST:
-            total = tl.dot(v, w.T, total)
-        else:
-            total = tl.dot(w, v.T, total)
+        total = tl.dot(v, w.T, total) if X_FIRST else tl.dot(w, v.T, total)
         if ACT != "":
             u = _load_weight(ups + start, at, K, EVEN)
-            if X_FIRST:
-                total_up = tl.dot(v, u.T, total_up)
-            else:
-                total_up = tl.dot(u, v.T, total_up)
+            total_up = tl.dot(v, u.T, total_up) if X_FIRST else tl.dot(u, v.T, total_up)
     if not X_FIRST:
         total = total.T
         total_up = total_up.T
@@ -226,7 +220,8 @@ def _by_tensor_cores(
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             total_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for s in tl.static_range(SPLITS):
-                total += tl.load(parts + s * HALVES * M * N + place, mask=inside, other=0.0, cache_modifier=".cg")
+                first = parts + s * HALVES * M * N + place
+                total += tl.load(first, mask=inside, other=0.0, cache_modifier=".cg")
                 if ACT != "":
                     second = parts + (s * HALVES + 1) * M * N + place
                     total_up += tl.load(second, mask=inside, other=0.0, cache_modifier=".cg")

@@ -62,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, tokens, chunk):
             part = hidden[begin : begin + chunk]
             logits = torch.nn.functional.linear(part, weight, bias)
-            losses, gradient = run(logits, labels[begin : begin + chunk], softcap, ignore_index, with_gradient)
+            answers = labels[begin : begin + chunk]
+            losses, gradient = run(logits, answers, softcap, ignore_index, with_gradient)
             del logits
             loss += losses.sum()
             if wants_hidden:
@@ -114,7 +115,9 @@ def linear_cross_entropy(
             "[vocab, dim]"
         )
     if labels.shape != hidden.shape[:1]:
-        raise RequestError(f"labels have shape {list(labels.shape)}; expected [{hidden.shape[0]}], one a token")
+        raise RequestError(
+            f"labels have shape {list(labels.shape)}; expected [{hidden.shape[0]}], one a token"
+        )
     if softcap is not None and softcap <= 0:
         raise RequestError(f"softcap is {softcap}; expected a positive number")
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])

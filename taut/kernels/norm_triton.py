@@ -1,4 +1,4 @@
-"""Triton kernels of RMSNorm and LayerNorm, alone and with the residual add before them, forward and backward."""
+"""Triton kernels of RMSNorm and LayerNorm, alone and after the residual add, forward and backward."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def _norm(x, residual, weight, bias, eps, offset, layer):
     if weight.shape != (dim,):
         raise RequestError(f"norm of rows of {dim} got a weight of shape {list(weight.shape)}")
     if dim > MAX_DIM:
-        raise RequestError(f"norm kernel takes rows of at most {MAX_DIM}; got {dim}. Use the reference instead")
+        raise RequestError(f"norm kernel takes rows of at most {MAX_DIM}; got {dim}: use the reference")
     if residual is not None:
         if residual.shape != x.shape or residual.dtype != x.dtype:
             raise RequestError(

@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.errors import RequestError
 from taut.kernels.attention import Pages, Scoring
-from taut.kernels.device import launch_options, multiprocessors, shared_memory, workspace
+from taut.kernels.device import launch_options, multiprocessors, workspace
 
 MAX_QUERIES = 16  # a row; more are a prefill
 _LOG2E = 1.4426950408889634
@@ -375,11 +375,9 @@ def paged_attention(
         return out
     keys, values = pages.keys, pages.values
     if q.stride(2) != 1 or keys.stride(3) != 1 or values.stride(3) != 1 or pages.table.stride(1) != 1:
-        raise RequestError("paged attention wants q, keys, values and the page table contiguous in their last dim")
+        raise RequestError("paged attention wants q, keys, values and table contiguous in their last dim")
     context = pages.longest if context is None else context
-    p = plan(
-        tokens, rows, queries, heads, kv_heads, dim, context, q.element_size(), q.device, cut
-    )
+    p = plan(tokens, rows, queries, heads, kv_heads, dim, context, q.element_size(), q.device, cut)
     memory = workspace(q.device, p.floats, p.counters) if p.splits > 1 else None
     slopes, relative = scoring.slopes, scoring.relative
     block_d = max(triton.next_power_of_2(dim), 16)

@@ -82,8 +82,8 @@ def sample_reference(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
 
 
 def sample(logits: Tensor, how: Sampling) -> tuple[Tensor, Tensor]:
-    """As `sample_reference`, on a GPU in one launch that reads its parameters on the device, so that it can be
-    replayed from a CUDA graph."""
+    """As `sample_reference`, on a GPU in one launch that reads its parameters on the device, so that it can
+    be replayed from a CUDA graph."""
     if logits.ndim != 2 or how.seeds.shape != logits.shape[:1]:
         raise RequestError(
             f"logits have shape {list(logits.shape)} for {how.seeds.numel()} rows of parameters; expected "

@@ -1,5 +1,5 @@
-"""Products of a few rows, with what is fused around them, beside the float64 reference; compiled for sm_80 and
-sm_90."""
+"""Products of a few rows, with what is fused around them, beside the float64 reference; compiled for sm_80
+and sm_90."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_errors() -> None:
 
 
 def test_compiles() -> None:
-    pointers = {n: "*bf16:16" for n in ("x", "weight", "bias", "norm_weight", "residual", "out")}
+    pointers = dict.fromkeys(("x", "weight", "bias", "norm_weight", "residual", "out"), "*bf16:16")
     pointers |= {"parts": "*fp32:16", "counters": "*i32:16", "N": "i32:16", "K": "i32:16", "span": "i32:16"}
     pointers |= {"eps": "fp32", "offset": "fp32", "NORM": True, "BIAS": True, "RESIDUAL": True, "EVEN": True}
     device, specs, limits = torch.device("cpu"), [], []

@@ -45,8 +45,8 @@ def test_errors() -> None:
 
 
 def test_compiles() -> None:
-    pointers = {n: "*bf16:16" for n in ("gate_up", "out", "d_out", "d_gate_up")}
-    numbers = {n: "i32:16" for n in ("hidden", "row", "d_row")}
+    pointers = dict.fromkeys(("gate_up", "out", "d_out", "d_gate_up"), "*bf16:16")
+    numbers = dict.fromkeys(("hidden", "row", "d_row"), "i32:16")
     specs = [
         Spec(
             "taut.kernels.act_triton",

@@ -52,7 +52,8 @@ def test_agrees_with_pytorch_in_float64() -> None:
 def test_divisor_frozen_parts_and_nothing_to_learn() -> None:
     hidden, weight, _, labels = inputs(7, 6, 20, torch.float32, "cpu")
     total = linear_cross_entropy(hidden, weight, labels, divisor=1)
-    torch.testing.assert_close(total / 5, linear_cross_entropy(hidden, weight, labels, divisor=torch.tensor(5)))
+    fifth = linear_cross_entropy(hidden, weight, labels, divisor=torch.tensor(5))
+    torch.testing.assert_close(total / 5, fifth)
     frozen = linear_cross_entropy(hidden, weight.detach(), labels, chunk=3)
     want = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels), hidden)
     torch.testing.assert_close(torch.autograd.grad(frozen, hidden), want)
@@ -104,8 +105,9 @@ def test_errors() -> None:
 def test_compiles() -> None:
     common = {"logits": "*bf16:16", "labels": "*i64:16", "losses": "*fp32:16", "ignore_index": "i32"}
     common |= {"vocab": "i32:16", "row_stride": "i32:16", "softcap": "fp32", "BLOCK": 4096, "GRADIENT": True}
+    module, kernel = "taut.kernels.linear_ce_triton", "_cross_entropy"
     specs = [
-        Spec("taut.kernels.linear_ce_triton", "_cross_entropy", arch, common | {"SOFTCAP": cap}, {"num_warps": 8})
+        Spec(module, kernel, arch, common | {"SOFTCAP": cap}, {"num_warps": 8})
         for arch, cap in product((80, 90), (False, True))
     ]
     assert all(built.local == 0 for built in cross_compile(specs))

@@ -41,8 +41,10 @@ def rows_of(vocab: int, device: str = "cpu"):
     return logits.to(device), sampling(options, seeds, steps, device), options, seeds, steps
 
 
-def test_kernel_agrees_with_reference() -> None:
-    for vocab in (5, 300, 3000):
+@pytest.mark.parametrize("candidates", [16, 2048])  # 16: most rows have more, and are searched in full
+def test_kernel_agrees_with_reference(candidates, monkeypatch) -> None:
+    monkeypatch.setattr(sample_triton, "CANDIDATES", candidates)
+    for vocab in (5, 300, 2100):
         logits, how, *_ = rows_of(vocab)
         got, want = sample_triton.sample(logits, how), sample_reference(logits, how)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -103,6 +105,7 @@ def test_compiles() -> None:
     arguments = {"logits": "*fp32:16", "temperatures": "*fp32:16", "top_ks": "*i32:16", "top_ps": "*fp32:16"}
     arguments |= {"min_ps": "*fp32:16", "seeds": "*i64:16", "steps": "*i64:16", "tokens": "*i64:16"}
     arguments |= {"finite": "*i1:16", "vocab": "i32:16", "row_stride": "i32:16", "BLOCK": 2048}
+    arguments |= {"values": "*fp32:16", "ids": "*i32:16", "FEW": 2048, "WIDE": 8192}
     specs = [
         Spec("taut.kernels.sample_triton", "_sample", a, arguments | {"PDL": a >= 90}, {"num_warps": 16})
         for a in (80, 90)
