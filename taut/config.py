@@ -36,11 +36,12 @@ _ACTIVATION_ALIASES = MappingProxyType(
 @dataclass(frozen=True)
 class Norm:
     """Normalisation over the last dimension. `kind` is "rms" or "layer"; the effective weight is
-    `weight + offset` (Gemma stores its weights less one)."""
+    `weight + offset` (Gemma stores its weights less one); `bias` is LayerNorm's alone."""
 
     eps: float
     kind: str = "rms"
     offset: float = 0.0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,32 @@ class LongRope:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of the first `dim` features of each head (Su et al. 2021)."""
+    """Rotary position embedding of the first `dim` features of each head (Su et al. 2021). Features turn
+    in pairs: i with `i + dim / 2`, or, `interleaved`, `2 i` with `2 i + 1`."""
 
     dim: int
     theta: float
     scaling: Linear | Dynamic | Llama3 | Yarn | LongRope | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A learned embedding of each absolute position: position p is row `p + offset` of a table of
+    `count + offset` rows."""
+
+    count: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Attn:
-    """Grouped-query attention. `window`: a query sees itself and the `window - 1` tokens before it."""
+    """Grouped-query attention.
+
+    `window`: a query sees itself and the `window - 1` tokens before it. `qk_norm` normalises queries and
+    keys, each `qk_norm_of` a "head" with one weight for all, "own head" with a weight each, or "all" heads as
+    one vector. `slopes`: ALiBi (Press et al. 2022), one a head. `clip` bounds the fused projection's output.
+    """
 
     heads: int
     kv_heads: int
@@ -113,23 +130,29 @@ class Attn:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Norm | None = None
+    qk_norm_of: str = "head"
     window: int | None = None
     softcap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    clip: float | None = None
     causal: bool = True
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Feed-forward: `down(act(gate(x)) * up(x))`."""
+    """Feed-forward: `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where it isn't `gated`."""
 
     hidden: int
     act: str
     bias: bool = False
+    gated: bool = True
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One block: `x += post(attn(pre(x)))`, then the same with the MLP; a missing norm is the identity."""
+    """One block: `x = after(x + scale * post(attn(pre(x))))`, then the same with the MLP; a missing norm is
+    the identity. `parallel`: attention and MLP both read the x that enters, and add to it; without a
+    `pre_mlp` the MLP reads what `pre_attn` gives."""
 
     attn: Attn
     mlp: Mlp
@@ -137,36 +160,54 @@ class Layer:
     pre_mlp: Norm | None
     post_attn: Norm | None = None
     post_mlp: Norm | None = None
+    after_attn: Norm | None = None
+    after_mlp: Norm | None = None
+    scale: float | None = None
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole decoder. `context` is in tokens; `source` is the `config.json` it was read from and
-    `unused` lists the keys of it that nothing read or ignored by name."""
+    """A whole decoder. `context` is in tokens; `source` is the `config.json` it was read from, `names` what
+    it calls keys that others call by the usual name, and `unused` lists the keys of it that nothing read or
+    ignored by name.
+
+    The embedding table has rows of `embed_dim`, times `embed_scale`; another `embed_dim` than `dim` is
+    projected to `dim` on the way in and back on the way out. Whatever enters is multiplied by `input_scale`,
+    then come `positions` and `embed_norm`. Logits are those of the head times `logit_scale`.
+    """
 
     model_type: str
     architecture: str
     vocab_size: int
     dim: int
     layers: tuple[Layer, ...]
-    norm: Norm
+    norm: Norm | None
     context: int
     tied: bool
+    embed_dim: int | None = None
     embed_scale: float | None = None
+    input_scale: float | None = None
+    positions: Positions | None = None
+    embed_norm: Norm | None = None
+    head_bias: bool = False
+    logit_scale: float | None = None
     logit_softcap: float | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    names: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     unused: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         # Programs read `model.config.hidden_size` and the like: what config.json says, under its names.
-        source = self.__dict__.get("source", {})
-        if name.startswith("__") or name not in source:
-            raise AttributeError(f"the config has no {name!r}{nearest(name, source)}")
-        return source[name]
+        source, names = self.__dict__.get("source", {}), self.__dict__.get("names", {})
+        key = name if name in source else names.get(name)
+        if name.startswith("__") or key not in source:
+            raise AttributeError(f"the config has no {name!r}{nearest(name, [*source, *names])}")
+        return source[key]
 
     @property
     def rope_boundary(self) -> int | None:
@@ -189,14 +230,21 @@ class Reader:
             raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
         self.data = data
         self.source = source
+        self.names: dict[str, str] = {}
         self._seen: set[str] = set()
         self._sections: list[Reader] = []
 
+    def rename(self, **names: str) -> None:
+        """Read a key that most families have (`hidden_size`) under the name that this file gives it
+        (`n_embd`), where it does."""
+        self.names.update({key: own for key, own in names.items() if own in self.data})
+
     def has(self, key: str) -> bool:
         """Whether `key` is present and not null (does not count as using it)."""
-        return self.data.get(key) is not None
+        return self.data.get(self.names.get(key, key)) is not None
 
     def _get(self, key: str, default: T, accept: tuple[type, ...], kind: str) -> Any | T:
+        key = self.names.get(key, key)
         self._seen.add(key)
         value = self.data.get(key)
         if value is None:
@@ -311,14 +359,23 @@ def activation(reader: Reader, *keys: str, default: str) -> str:
     return reader.choice(key, known, default)
 
 
-def rope(reader: Reader, head_dim: int, context: int, theta: float = 10000.0) -> Rope:
+def rope(
+    reader: Reader,
+    head_dim: int,
+    context: int,
+    theta: float = 10000.0,
+    partial: float = 1.0,
+    section: Reader | None = None,
+) -> Rope:
     """The rotary embedding a config describes, in the `rope_parameters` form of transformers 5 or in
-    the older `rope_theta` + `rope_scaling` + `partial_rotary_factor` form."""
-    key = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
-    section = reader.section(key) or Reader({}, reader.source)
-    reader.ignore("rope_parameters", "rope_scaling")
+    the older `rope_theta` + `rope_scaling` + `partial_rotary_factor` form; `theta` and `partial` are the
+    family's defaults. `section` is given where a config has one for each kind of layer."""
+    if section is None:
+        key = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
+        section = reader.section(key) or Reader({}, reader.source)
+        reader.ignore("rope_parameters", "rope_scaling")
     outer_theta = reader.float("rope_theta", theta)
-    outer_partial = reader.float("partial_rotary_factor", 1.0)
+    outer_partial = reader.float("partial_rotary_factor", partial)
     top_context = reader.int("original_max_position_embeddings", None)
     base = section.float("rope_theta", outer_theta)
     dim = int(head_dim * section.float("partial_rotary_factor", outer_partial))
@@ -409,8 +466,16 @@ def windows(reader: Reader, count: int, default_types: Sequence[str]) -> list[in
     return out
 
 
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's slope of each head (Press et al. 2022): powers of `2 ** (-8 / n)` for the power of two n below
+    the number of heads, then every other power of the next such series."""
+    whole = 2 ** int(math.log2(heads))
+    slopes = [2.0 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    return tuple(slopes + [2.0 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)])
+
+
 def finish(
-    reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: Norm, **fields: Any
+    reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: Norm | None, **fields: Any
 ) -> ModelConfig:
     """The `ModelConfig` of a decoder, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
@@ -429,12 +494,13 @@ def finish(
         "dim": reader.int("hidden_size"),
         "layers": tuple(layers),
         "norm": norm,
-        "context": reader.int("max_position_embeddings"),
+        "context": fields.pop("context", None) or reader.int("max_position_embeddings"),
         "dtype": DTYPES[name.removeprefix("torch.")] if name else None,
         "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": reader.ids("eos_token_id"),
         "pad_token_id": pad[0] if pad else None,
         "source": dict(reader.data),
+        "names": dict(reader.names),
     }
     # Dynamic scaling turns no further than trained until `factor` times the trained context.
     grown = [s.factor for a in layers if a.attn.rope and isinstance(s := a.attn.rope.scaling, Dynamic)]

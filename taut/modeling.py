@@ -29,7 +29,8 @@ from taut.kernels.attention import explain
 from taut.layers.attention import Attention
 from taut.layers.block import Decoder
 from taut.layers.linear import Linear
-from taut.models import family, read_config
+from taut.layers.norm import HeadNorm, Norm
+from taut.models import family, read_config, rules
 from taut.plan import Plan, make_plan
 from taut.quant.base import Packed, Stack
 from taut.quant.choose import asked, choose
@@ -78,7 +79,10 @@ class CausalLM(nn.Module):
         self.config = config
         self.generation_config = GenerationConfig.from_dict(_token_ids(config))
         self.model = Decoder(config, dtype=dtype)
-        self.lm_head = None if config.tied else Linear(config.dim, config.vocab_size, dtype=dtype)
+        self.lm_head = None
+        if not config.tied:
+            width = config.embed_dim or config.dim
+            self.lm_head = Linear(width, config.vocab_size, bias=config.head_bias, dtype=dtype)
         self.quantization_config: BitsAndBytesConfig | None = None
         self.eval()
 
@@ -143,6 +147,8 @@ class CausalLM(nn.Module):
         """float32 logits `[n, vocab]` (float64 for a float64 model) of hidden states `[n, dim]`."""
         scores = self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        if self.config.logit_scale is not None:
+            scores = scores * self.config.logit_scale
         if self.config.logit_softcap is not None:
             scores = self.config.logit_softcap * torch.tanh(scores / self.config.logit_softcap)
         return scores
@@ -247,10 +253,15 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def _collect(self, wanted: bool) -> Iterator[list[Tensor]]:
-        """The embedding, each block's output but the last, and the final norm's, as they are computed."""
+        """What enters each block, and what leaves the decoder, as they are computed."""
         states: list[Tensor] = []
-        modules = [self.model.embed_tokens, *self.model.layers[:-1], self.model.norm] if wanted else []
-        hooks = [m.register_forward_hook(lambda _m, _i, out: states.append(out)) for m in modules]
+        hooks = []
+        if wanted:
+            hooks = [
+                layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
+                for layer in self.model.layers
+            ]
+            hooks.append(self.model.register_forward_hook(lambda _m, _i, out: states.append(out)))
         try:
             yield states
         finally:
@@ -346,21 +357,24 @@ class CausalLM(nn.Module):
         kind = _dtype(choice, config, checkpoint, target)
         with torch.device("meta"):
             model = cls(config, dtype=kind)
-        rules = family(config.model_type).RULES
+        mapping = rules(config)
+        names = [piece.disk for piece in weights.layout(model, mapping)]
+        checkpoint = replace(checkpoint, tensors=weights.with_prefix(checkpoint.tensors, names))
         keep = choice in ("auto", None) and kind is torch.bfloat16 and target.type == "cpu"
         packing = choose(
             checkpoint,
             wanted,
-            weights.linears(model, rules),
+            weights.linears(model, mapping),
             kind,
             keep_blocks=keep and bool(checkpoint.metadata),
         )
-        ignored = _IGNORED if not config.tied else (*_IGNORED, "lm_head.weight")
+        ignored = (*_IGNORED, *getattr(family(config.model_type), "IGNORED", ()))
+        ignored = (*ignored, "lm_head.weight") if config.tied else ignored
         with _progress(progress, str(name)) as report:
             weights.load(
                 model,
                 packing.tensors,
-                rules,
+                mapping,
                 dtype=kind,
                 device=target,
                 ignored=ignored,
@@ -385,10 +399,11 @@ class CausalLM(nn.Module):
     def init_weights(self, std: float = 0.02) -> CausalLM:
         """Fill in place: matrices from N(0, std), norms with the identity, biases with zero."""
         for name, param in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.constant_(param, 1.0 - self.config.norm.offset)
-            elif name.endswith("bias"):
+            module = self.get_submodule(name.rpartition(".")[0])
+            if name.endswith("bias"):
                 nn.init.zeros_(param)
+            elif isinstance(module, Norm | HeadNorm):
+                nn.init.constant_(param, 1.0 - module.config.offset)
             else:
                 nn.init.normal_(param, std=std)
         return self
@@ -442,7 +457,7 @@ class CausalLM(nn.Module):
         """Write `config.json`, `generation_config.json` and safetensors under the names that transformers
         and every other reader know; shards of at most `max_shard_size`."""
         folder = Path(folder)
-        tensors = weights.store(self, family(self.config.model_type).RULES)
+        tensors = weights.store(self, rules(self.config))
         write_safetensors(folder, tensors, max_shard_size)
         rewritten = ("torch_dtype", "dtype", "quantization_config")
         source = {k: v for k, v in self.config.source.items() if k not in rewritten}

@@ -53,17 +53,21 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Rename:
-    """The disk name `disk` is our `ours`; `{}` in both stands for the same layer numbers, in order."""
+    """The disk name `disk` is our `ours`, a tensor or a module with all inside it; `{}` in both stands for
+    the same layer numbers, in order."""
 
     disk: str
     ours: str
 
     def apply(self, pieces: list[Piece]) -> list[Piece]:
-        pattern = _pattern(self.ours)
+        pattern = re.compile(_pattern(self.ours).pattern + r"(\..*)?")
 
         def rename(piece: Piece) -> Piece:
             match = pattern.fullmatch(piece.disk)
-            return replace(piece, disk=self.disk.format(*match.groups())) if match else piece
+            if match is None:
+                return piece
+            *numbers, inside = match.groups(default="")
+            return replace(piece, disk=self.disk.format(*numbers) + inside)
 
         return [rename(piece) for piece in pieces]
 
@@ -71,10 +75,11 @@ class Rename:
 @dataclass(frozen=True)
 class Fused:
     """Disk holds our sibling `parts` stacked along dimension 0 as `disk` (a module name; its weight and
-    its bias alike)."""
+    its bias alike), in `groups` groups of equal shares: two give q0 k0 v0 q1 k1 v1."""
 
     disk: str
     parts: tuple[str, ...]
+    groups: int = 1
 
     def apply(self, pieces: list[Piece]) -> list[Piece]:
         parent = self.disk.rsplit(".", 1)[0]
@@ -90,8 +95,12 @@ class Fused:
             *numbers, part, kind = match.groups()
             before = self.parts[: self.parts.index(part)]
             prefix = parent.format(*numbers)
-            offset = sum(rows.get(f"{prefix}.{sibling}.{kind}", 0) for sibling in before)
-            out.append(replace(piece, disk=f"{self.disk.format(*numbers)}.{kind}", disk_start=offset))
+            sizes = {p: rows.get(f"{prefix}.{p}.{kind}", 0) // self.groups for p in self.parts}
+            disk, share = f"{self.disk.format(*numbers)}.{kind}", sizes[part]
+            begin, step = sum(sizes[p] for p in before), sum(sizes.values())
+            for g in range(self.groups):
+                start, disk_start = piece.start + g * share, begin + g * step
+                out.append(replace(piece, disk=disk, rows=share, start=start, disk_start=disk_start))
         return out
 
 
@@ -165,6 +174,18 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     stacked = {piece.param for piece in pieces if piece.index is not None}
     shapes = _shapes(model)
     return [replace(p, rows=shapes[p.param][1]) if p.param in stacked else p for p in pieces]
+
+
+def with_prefix(tensors: Mapping[str, LazyTensor], expected: Iterable[str]) -> Mapping[str, LazyTensor]:
+    """`tensors` under the names `expected`, where a file saved without a head leaves out the first word of
+    each: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
+    expected = set(expected)
+    words = {name.split(".", 1)[0] for name in expected if not name.startswith("lm_head.")}
+    if len(words) != 1 or any(name.split(".", 1)[0] in words for name in tensors):
+        return tensors
+    word = words.pop()
+    renamed = {n if n in expected else f"{word}.{n}": tensor for n, tensor in tensors.items()}
+    return renamed if expected & renamed.keys() else tensors
 
 
 def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:

@@ -34,11 +34,13 @@ TINY = {
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny checkpoint: `name` is shown by pytest, `family` the transformers class prefix."""
+    """One tiny checkpoint: `name` is shown by pytest, `family` the transformers class prefix, `options` are
+    changes to `base`, the config's values."""
 
     name: str
     family: str
     options: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=lambda: TINY)
 
     def __str__(self) -> str:
         return self.name
@@ -142,17 +144,65 @@ CASES = [
         "Phi3",
         _rope("longrope", **_LONG) | {"original_max_position_embeddings": 32},
     ),
+    Case("starcoder2", "Starcoder2", {"tie_word_embeddings": True}),
+    Case("starcoder2-window-no-bias", "Starcoder2", {"sliding_window": 5, "use_bias": False}),
+    Case("starcoder2-relu", "Starcoder2", {"hidden_act": "relu", "num_key_value_heads": 1}),
+    Case("olmo2", "Olmo2"),
+    Case("olmo2-biases", "Olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
+    Case(
+        "granite",
+        "Granite",
+        {
+            "embedding_multiplier": 3.5,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 2.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Case("granite-biases", "Granite", {"attention_bias": True, "mlp_bias": True, "residual_multiplier": 1.5}),
+    Case("stablelm", "StableLm"),
+    Case("stablelm-parallel", "StableLm", {"use_parallel_residual": True, "use_qkv_bias": True}),
+    Case(
+        "stablelm-head-norms",
+        "StableLm",
+        {"qk_layernorm": True} | _rope("default", partial_rotary_factor=0.5),
+    ),
+    Case("cohere", "Cohere", {"tie_word_embeddings": True}),
+    Case(
+        "cohere-head-norms",
+        "Cohere",
+        {"use_qk_norm": True, "attention_bias": True, "logit_scale": 1.5},
+    ),
+    Case("glm4", "Glm4", {"head_dim": 16}),
+    Case("glm4-no-bias-tied", "Glm4", {"head_dim": 8, "attention_bias": False, "tie_word_embeddings": True}),
+    Case("gemma3", "Gemma3Text", {"head_dim": 16, "sliding_window": 5, "tie_word_embeddings": True}),
+    Case(
+        "gemma3-two-ropes",
+        "Gemma3Text",
+        {
+            "head_dim": 8,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 10,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+            "final_logit_softcapping": 4.0,
+        },
+    ),
 ]
 
 
 @functools.cache
 def checkpoint(case: Case) -> Path:
     """Folder of the case's checkpoint in float32, weights drawn wide enough that every one matters."""
-    config = getattr(transformers, f"{case.family}Config")(**{**TINY, **case.options})
+    config = getattr(transformers, f"{case.family}Config")(**{**case.base, **case.options})
     torch.manual_seed(len(case.name))
-    model = getattr(transformers, f"{case.family}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, param in model.named_parameters():
-        if "norm" in name:
+        if name.endswith("weight") and ("norm" in name or ".ln_" in name):
             nn.init.uniform_(param, -0.3, 0.3) if "gemma" in case.name else nn.init.uniform_(param, 0.7, 1.3)
         else:
             nn.init.normal_(param, std=0.15)

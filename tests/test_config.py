@@ -63,7 +63,7 @@ def test_a_config_must_be_an_object():
 
 @pytest.mark.parametrize("model_type", families())
 def test_the_least_a_config_must_say_is_enough_and_a_stray_key_is_reported(model_type):
-    needed = {"sliding_window": 8} if model_type == "gemma2" else {}
+    needed = {"sliding_window": 8} if model_type in ("gemma2", "gemma3_text") else {}
     config = read_config(GOOD | needed | {"model_type": model_type, "flux": 1})
     assert config.unused == ("flux",)
     assert len(config.layers) == 2 and config.dim == 32

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taut import AutoModelForCausalLM, weights
-from taut.models import families, family
+from taut.models import families, rules
 from tests.families import CASES, CONTEXT, VOCAB, Case, checkpoint, oracle
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -176,7 +176,7 @@ def test_loss_and_gradients_equal_the_oracle(case, device):
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(param.grad)  # so that `store` gives gradients under the oracle's names
-        for tensor in weights.store(model, family(model.config.model_type).RULES):
+        for tensor in weights.store(model, rules(model.config)):
             seen.add(tensor.name)
             grad, expected = tensor.read().cpu(), want[tensor.name]
             assert (grad - expected).abs().max() <= 2e-4 * max(expected.abs().max(), floor)

@@ -58,8 +58,7 @@ class Model(nn.Module):
 
 
 RULES = (
-    Rename("h.{}.ln.weight", "layers.{}.norm.weight"),
-    Rename("h.{}.ln.bias", "layers.{}.norm.bias"),
+    Rename("h.{}.ln", "layers.{}.norm"),
     Fused("layers.{}.attn_qkv", ("q_proj", "k_proj", "v_proj")),
     Transposed("layers.{}.o_proj.weight"),
     Stacked("layers.{}.experts.{}.w1", "layers.{}.experts.w1", 3),
@@ -96,6 +95,34 @@ def test_every_rule_loads_and_stores_the_same_tensors():
     assert stored.keys() == disk.keys()
     for name, tensor in stored.items():
         assert torch.equal(tensor, disk[name].tensor), name
+
+
+def test_parts_in_groups_are_interleaved_and_come_back():
+    rules = (Fused("layers.{}.mixed", ("q_proj", "v_proj", "k_proj"), groups=2),)
+    model = build()
+    disk = {name: InMemory(torch.rand(p.shape)) for name, p in model.named_parameters() if "qkv" not in name}
+    for index in range(2):
+        disk[f"layers.{index}.mixed.weight"] = InMemory(torch.rand(10, 4))
+        disk[f"layers.{index}.mixed.bias"] = InMemory(torch.rand(10))
+    weights.load(model, disk, rules, dtype=torch.float32)
+    for kind in ("weight", "bias"):
+        first, second = disk[f"layers.1.mixed.{kind}"].tensor.split(5)  # each: 3 rows of q, 1 of v, 1 of k
+        q = torch.cat((first[:3], second[:3]))
+        v, k = (torch.stack((first[at], second[at])) for at in (3, 4))
+        assert torch.equal(getattr(model.layers[1].qkv_proj, kind), torch.cat((q, k, v)))
+    stored = {tensor.name: tensor.read() for tensor in weights.store(model, rules)}
+    assert stored.keys() == disk.keys()
+    assert all(torch.equal(stored[name], disk[name].tensor) for name in disk)
+
+
+def test_names_without_their_first_word_are_completed():
+    expected = ["body.h.0.ln.weight", "body.wte.weight", "lm_head.weight"]
+    assert list(weights.with_prefix(dict.fromkeys(["h.0.ln.weight", "lm_head.weight"]), expected)) == [
+        "body.h.0.ln.weight",
+        "lm_head.weight",
+    ]
+    for names in (["body.h.0.ln.weight", "wte.weight"], ["nothing.alike"]):  # as they are, and said so
+        assert list(weights.with_prefix(dict.fromkeys(names), expected)) == names
 
 
 def test_parts_have_their_own_names_without_rules():

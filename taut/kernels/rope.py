@@ -22,13 +22,19 @@ def angles(
     return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn feature pairs `(i, i + dim / 2)` of each head by their token's angle (Su et al. 2021).
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn feature pairs `(i, i + dim / 2)` of each head by their token's angle (Su et al. 2021), or, if
+    `interleaved`, pairs `(2 i, 2 i + 1)`.
 
     `x` `[tokens, heads, head_dim]`; `cos`, `sin` `[tokens, 1, dim]` in x's dtype with `dim <= head_dim`,
     the first half of `sin` negated. Features from `dim` on pass through.
     """
     dim = cos.shape[-1]
+    if interleaved:
+        a, b = x[..., :dim:2], x[..., 1:dim:2]
+        cos, sin = cos[..., : dim // 2], sin[..., dim // 2 :]
+        turned = torch.stack((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)), -1)
+        return torch.cat((turned.flatten(-2), x[..., dim:]), -1)
     if dim == x.shape[-1]:
         return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
     turned, rest = x[..., :dim], x[..., dim:]
@@ -48,11 +54,12 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
+    interleaved: bool = False,
 ) -> Tensor:
     """Norm and rotate the query and key heads of a fused projection and write keys and values to the cache.
 
     `qkv` `[tokens, (heads + 2 * kv_heads) * head_dim]`: query, key, then value heads. `cos`, `sin` as
-    `rotate` takes them, None for no rotation. `keys`, `values` `[pages, page_size, kv_heads, head_dim]` are
+    `rotate` takes them, as `interleaved`, None for no rotation. `keys`, `values` `[pages, page_size, kv_heads, head_dim]` are
     written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is not written). `q_weight`,
     `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps` and `offset`. Gives the
     queries, `[tokens, heads, head_dim]`.
@@ -63,7 +70,7 @@ def rotate_and_store(
         q, k = rms_norm(qk[:, :heads], q_weight, eps, offset), rms_norm(qk[:, heads:], k_weight, eps, offset)
         qk = torch.cat((q, k), 1)
     if cos is not None:
-        qk = rotate(qk, cos, sin)
+        qk = rotate(qk, cos, sin, interleaved)
     q, k = qk[:, :heads], qk[:, heads:]
     if (kept := slots >= 0).all():
         keys.flatten(0, 1).index_copy_(0, slots, k)

@@ -52,11 +52,13 @@ def _rotate(
     x_token,
     x_head,
     SIGN: tl.constexpr,
+    PAIRS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """SIGN -1 turns the other way, which is the transpose: the backward pass."""
+    """SIGN -1 turns the other way, which is the transpose: the backward pass. PAIRS: neighbours turn
+    together, otherwise the halves."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = dim // 2
@@ -65,12 +67,14 @@ def _rotate(
     inside = (head < heads)[:, None] & pair[None, :]
     source = x + token * x_token + head[:, None] * x_head
     target = out + (token * heads + head[:, None]) * head_dim
-    a = tl.load(source + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + half + at[None, :], mask=inside, other=0.0).to(tl.float32)
+    first = 2 * at[None, :] if PAIRS else at[None, :]
+    second = first + (1 if PAIRS else half)
+    a = tl.load(source + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + second, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(cos + token * dim + at, mask=pair, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + token * dim + half + at, mask=pair, other=0.0).to(tl.float32)[None, :] * SIGN
-    tl.store(target + at[None, :], a * c - b * s, mask=inside)
-    tl.store(target + half + at[None, :], b * c + a * s, mask=inside)
+    tl.store(target + first, a * c - b * s, mask=inside)
+    tl.store(target + second, b * c + a * s, mask=inside)
     if REST:
         rest = dim + tl.arange(0, REST)
         more = (head < heads)[:, None] & (rest < head_dim)[None, :]
@@ -98,6 +102,7 @@ def _store(
     ROTATE: tl.constexpr,
     NORM: tl.constexpr,
     SHIFT: tl.constexpr,
+    PAIRS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -109,6 +114,8 @@ def _store(
     half = dim // 2
     at = tl.arange(0, HALF)[None, :]
     pair = at < half
+    first = 2 * at if PAIRS else at
+    second = first + (1 if PAIRS else half)
     # Slots and angles come from the step's beginning, not from the kernel just ahead.
     slot = tl.load(slots + token).to(tl.int64)
     if ROTATE:
@@ -126,8 +133,8 @@ def _store(
     to_q = q_out + (token * heads + head) * head_dim
     to_k = keys + (slot * kv_heads + head - heads) * head_dim
     to_v = values + (slot * kv_heads + head - heads - kv_heads) * head_dim
-    a = tl.load(source + at, mask=real & pair, other=0.0)
-    b = tl.load(source + half + at, mask=real & pair, other=0.0)
+    a = tl.load(source + first, mask=real & pair, other=0.0)
+    b = tl.load(source + second, mask=real & pair, other=0.0)
     narrow = a.dtype
     a, b = a.to(tl.float32), b.to(tl.float32)
     if REST:
@@ -140,8 +147,8 @@ def _store(
             squares += tl.sum(r * r, 1)
         rstd = tl.where(turns, tl.rsqrt(squares / head_dim + eps)[:, None], 1.0)
         weight = tl.where(is_q, q_weight, k_weight)
-        wa = tl.load(weight + at, mask=turns & pair, other=0.0).to(tl.float32)
-        wb = tl.load(weight + half + at, mask=turns & pair, other=0.0).to(tl.float32)
+        wa = tl.load(weight + first, mask=turns & pair, other=0.0).to(tl.float32)
+        wb = tl.load(weight + second, mask=turns & pair, other=0.0).to(tl.float32)
         if SHIFT:
             wa, wb = wa + offset, wb + offset
             a = tl.where(turns, a * rstd * wa, a)
@@ -159,12 +166,12 @@ def _store(
                 r = tl.where(turns, (r * rstd).to(narrow).to(tl.float32) * wr, r)
     if ROTATE:
         a, b = tl.where(turns, a * c - b * s, a), tl.where(turns, b * c + a * s, b)
-    tl.store(to_q + at, a, mask=is_q & pair)
-    tl.store(to_q + half + at, b, mask=is_q & pair)
-    tl.store(to_k + at, a, mask=is_k & pair)
-    tl.store(to_k + half + at, b, mask=is_k & pair)
-    tl.store(to_v + at, a, mask=is_v & pair)
-    tl.store(to_v + half + at, b, mask=is_v & pair)
+    tl.store(to_q + first, a, mask=is_q & pair)
+    tl.store(to_q + second, b, mask=is_q & pair)
+    tl.store(to_k + first, a, mask=is_k & pair)
+    tl.store(to_k + second, b, mask=is_k & pair)
+    tl.store(to_v + first, a, mask=is_v & pair)
+    tl.store(to_v + second, b, mask=is_v & pair)
     if REST:
         tl.store(to_q + last, r, mask=is_q & more)
         tl.store(to_k + last, r, mask=is_k & more)
@@ -201,7 +208,7 @@ def _sizes(dim: int, head_dim: int) -> tuple[int, int]:
     return triton.next_power_of_2(max(dim // 2, 1)), triton.next_power_of_2(rest) if rest else 0
 
 
-def _run_rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _run_rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
     tokens, heads, head_dim = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
     out = x.new_empty(tokens, heads, head_dim)
@@ -219,6 +226,7 @@ def _run_rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
             x.stride(0),
             x.stride(1),
             sign,
+            interleaved,
             many,
             half,
             rest,
@@ -229,13 +237,14 @@ def _run_rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _run_rotate(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _run_rotate(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        return _run_rotate(d_out, *ctx.saved_tensors, -1), None, None
+        return _run_rotate(d_out, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
 
 
 def _check_angles(cos: Tensor, sin: Tensor, tokens: int, head_dim: int) -> None:
@@ -247,15 +256,15 @@ def _check_angles(cos: Tensor, sin: Tensor, tokens: int, head_dim: int) -> None:
         )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """As `kernels.rope.rotate`, in one pass each way and rounded once; only the second halves of cos and sin
     are read for the angles of sin. `x` `[tokens, heads, head_dim]` may be a view of a fused projection; the
     result is contiguous. Gradients reach x alone."""
     _check_angles(cos, sin, x.shape[0], x.shape[2])
     cos, sin = cos.contiguous(), sin.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, cos, sin)
-    return _run_rotate(x, cos, sin, 1)
+        return _Rotate.apply(x, cos, sin, interleaved)
+    return _run_rotate(x, cos, sin, 1, interleaved)
 
 
 def rotate_and_store(
@@ -271,6 +280,7 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
+    interleaved: bool = False,
 ) -> Tensor:
     """As `kernels.rope.rotate_and_store`, in one launch. No gradients."""
     tokens, head_dim = qkv.shape[0], keys.shape[-1]
@@ -311,6 +321,7 @@ def rotate_and_store(
             ROTATE=cos is not None,
             NORM=q_weight is not None,
             SHIFT=offset != 0.0,
+            PAIRS=interleaved and cos is not None,
             HEADS=many,
             HALF=half,
             REST=rest,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from taut.batch import Batch
 from taut.config import Attn
+from taut.errors import ConfigError
 from taut.kernels.attention import Pages, Scoring, attention
 from taut.kernels.dispatch import ops
 from taut.layers.linear import Linear
-from taut.layers.norm import Norm
+from taut.layers.norm import HeadNorm, Norm
 
 
 class Attention(nn.Module):
@@ -24,9 +27,10 @@ class Attention(nn.Module):
             dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias, dtype=dtype
         )
         self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
-        self.q_norm = Norm(config.qk_norm, config.head_dim, dtype=dtype) if config.qk_norm else None
-        self.k_norm = Norm(config.qk_norm, config.head_dim, dtype=dtype) if config.qk_norm else None
-        self.scoring = Scoring(config.scale, config.causal, config.window, config.softcap)
+        self.q_norm = _norm_of(config, config.heads, dtype)
+        self.k_norm = _norm_of(config, config.kv_heads, dtype)
+        slopes = None if config.slopes is None else torch.tensor(config.slopes, device="cpu")
+        self.scoring = Scoring(config.scale, config.causal, config.window, config.softcap, slopes)
         self.only: tuple[str, ...] | None = None
 
     def forward(
@@ -40,19 +44,17 @@ class Attention(nn.Module):
         """`residual + o(attention(norm(x)))`, norm and residual where given."""
         c = self.config
         qkv = self.qkv_proj(x, norm=norm)  # [tokens, (heads + 2 kv_heads) * head_dim]
+        if c.clip is not None:
+            qkv = qkv.clamp(-c.clip, c.clip)
         k = v = pages = None
         if batch.kv is None:
             q, k, v = self._heads(qkv, rotation)
         else:
-            kv, own = batch.kv, c.qk_norm
-            heads = {} if own is None else {"eps": own.eps, "offset": own.offset}
-            if own is not None:
-                heads |= {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+            kv = batch.kv
             pages = Pages(kv.keys[self.index], kv.values[self.index], kv.pages, kv.lengths, kv.longest)
-            cos, sin = rotation if rotation is not None else (None, None)
-            q = ops("rope", qkv).rotate_and_store(
-                qkv, c.heads, c.kv_heads, cos, sin, pages.keys, pages.values, kv.slots, **heads
-            )
+            q = self._store(qkv, rotation, pages, kv.slots)
+        if self.scoring.slopes is not None and self.scoring.slopes.device != q.device:
+            self.scoring = replace(self.scoring, slopes=self.scoring.slopes.to(q.device))
         out = attention(q, k, v, batch.starts, batch.longest, self.scoring, pages, self.only)
         return self.o_proj(out.flatten(1), residual=residual)
 
@@ -62,7 +64,50 @@ class Attention(nn.Module):
         split = qkv.unflatten(-1, (-1, c.head_dim))
         qk, v = split[:, : c.heads + c.kv_heads], split[:, c.heads + c.kv_heads :]
         if self.q_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, : c.heads]), self.k_norm(qk[:, c.heads :])), 1)
+            q, k = qk[:, : c.heads], qk[:, c.heads :]
+            qk = torch.cat((self._normed(self.q_norm, q), self._normed(self.k_norm, k)), 1)
         if rotation is not None:
-            qk = ops("rope", qk).rotate(qk, *rotation)
+            qk = ops("rope", qk).rotate(qk, *rotation, c.rope.interleaved)
         return qk[:, : c.heads], qk[:, c.heads :], v
+
+    def _store(
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, pages: Pages, slots: Tensor
+    ) -> Tensor:
+        """The queries as `_heads` gives them; the keys and values go to their slots in the cache."""
+        c, norms = self.config, {}
+        if c.qk_norm is not None and c.qk_norm.kind == "rms" and c.qk_norm_of == "head":
+            norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
+            norms |= {"eps": c.qk_norm.eps, "offset": c.qk_norm.offset}
+        elif c.qk_norm is not None:  # a norm that the kernel hasn't
+            qkv = torch.cat(self._heads(qkv, None), 1).flatten(1)
+        cos, sin = rotation if rotation is not None else (None, None)
+        return ops("rope", qkv).rotate_and_store(
+            qkv,
+            c.heads,
+            c.kv_heads,
+            cos,
+            sin,
+            pages.keys,
+            pages.values,
+            slots,
+            interleaved=c.rope is not None and c.rope.interleaved,
+            **norms,
+        )
+
+    def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        """`heads` `[tokens, heads, head_dim]` under a query or key norm."""
+        return norm(heads.flatten(1)).view_as(heads) if self.config.qk_norm_of == "all" else norm(heads)
+
+
+def _norm_of(config: Attn, heads: int, dtype: torch.dtype | None) -> Norm | HeadNorm | None:
+    """The norm of so many query or key heads."""
+    if config.qk_norm is None:
+        return None
+    match config.qk_norm_of:
+        case "head":
+            return Norm(config.qk_norm, config.head_dim, dtype=dtype)
+        case "own head":
+            return HeadNorm(config.qk_norm, heads, config.head_dim, dtype=dtype)
+        case "all":
+            return Norm(config.qk_norm, heads * config.head_dim, dtype=dtype)
+    raise ConfigError(f"qk_norm_of is {config.qk_norm_of!r}; known: head, own head, all")

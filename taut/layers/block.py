@@ -12,8 +12,9 @@ from taut.batch import Batch
 from taut.config import Layer, ModelConfig
 from taut.config import Norm as NormConfig
 from taut.layers.attention import Attention
-from taut.layers.embedding import Embedding
-from taut.layers.mlp import GatedMlp
+from taut.layers.embedding import Embedding, PositionEmbedding
+from taut.layers.linear import Linear
+from taut.layers.mlp import GatedMlp, PlainMlp
 from taut.layers.norm import Norm
 from taut.layers.rope import Rotary
 
@@ -31,20 +32,38 @@ class Block(nn.Module):
         self.input_layernorm = norm(layer.pre_attn)
         self.self_attn = Attention(layer.attn, dim, index, dtype=dtype)
         self.post_attention_layernorm = norm(layer.post_attn)
+        self.after_attention_layernorm = norm(layer.after_attn)
         self.pre_feedforward_layernorm = norm(layer.pre_mlp)
-        self.mlp = GatedMlp(layer.mlp, dim, dtype=dtype)
+        self.mlp = (GatedMlp if layer.mlp.gated else PlainMlp)(layer.mlp, dim, dtype=dtype)
         self.post_feedforward_layernorm = norm(layer.post_mlp)
+        self.after_feedforward_layernorm = norm(layer.after_mlp)
 
     def forward(self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         attend = partial(self.self_attn, batch=batch, rotation=rotation)
-        x = _branch(x, self.input_layernorm, attend, self.post_attention_layernorm)
-        return _branch(x, self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm)
+        if self.config.parallel:
+            return self._parallel(x, attend)
+        x = self._add(x, self.input_layernorm, attend, self.post_attention_layernorm)
+        if self.after_attention_layernorm is not None:
+            x = self.after_attention_layernorm(x)
+        x = self._add(x, self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm)
+        return x if self.after_feedforward_layernorm is None else self.after_feedforward_layernorm(x)
 
+    def _add(self, x: Tensor, pre: Norm | None, inner: Callable[..., Tensor], post: Norm | None) -> Tensor:
+        """`x + scale * post(inner(pre(x)))`; the inner module does the norm before, and the sum where
+        nothing stands between."""
+        if post is None and self.config.scale is None:
+            return inner(x, norm=pre, residual=x)
+        y = inner(x, norm=pre)
+        y = y if post is None else post(y)
+        return x + y if self.config.scale is None else torch.add(x, y, alpha=self.config.scale)
 
-def _branch(x: Tensor, pre: Norm | None, inner: Callable[..., Tensor], post: Norm | None) -> Tensor:
-    """`x + post(inner(pre(x)))`; the inner module does the norm before, and the sum where nothing stands
-    between."""
-    return inner(x, norm=pre, residual=x) if post is None else x + post(inner(x, norm=pre))
+    def _parallel(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """`x + attend(pre(x)) + mlp(pre(x))`, under one norm or one each."""
+        if self.pre_feedforward_layernorm is None:
+            n = self.input_layernorm(x)
+            return self.mlp(n, residual=attend(n, residual=x))
+        attended = attend(x, norm=self.input_layernorm, residual=x)
+        return self.mlp(x, norm=self.pre_feedforward_layernorm, residual=attended)
 
 
 class Decoder(nn.Module):
@@ -52,19 +71,39 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__()
+        dim, inner = config.dim, config.embed_dim or config.dim
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.dim, scale=config.embed_scale, dtype=dtype)
-        self.layers = nn.ModuleList(
-            Block(layer, config.dim, index, dtype=dtype) for index, layer in enumerate(config.layers)
+        self.embed_tokens = Embedding(config.vocab_size, inner, scale=config.embed_scale, dtype=dtype)
+        self.project_in = Linear(inner, dim, dtype=dtype) if inner != dim else None
+        self.embed_positions = (
+            PositionEmbedding(config.positions, dim, dtype=dtype) if config.positions is not None else None
         )
-        self.norm = Norm(config.norm, config.dim, dtype=dtype)
+        self.embed_layernorm = Norm(config.embed_norm, dim, dtype=dtype) if config.embed_norm else None
+        self.layers = nn.ModuleList(
+            Block(layer, dim, index, dtype=dtype) for index, layer in enumerate(config.layers)
+        )
+        self.norm = Norm(config.norm, dim, dtype=dtype) if config.norm else None
+        self.project_out = Linear(dim, inner, dtype=dtype) if inner != dim else None
         # Layers that rotate alike share their angles, which are computed once a batch.
         self.rotaries = {r: Rotary(r) for r in dict.fromkeys(layer.attn.rope for layer in config.layers) if r}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states `[tokens, dim]` after the final norm; new keys are written to `batch.kv`."""
-        x = self.embed_tokens(batch.ids) if batch.embeds is None else batch.embeds
+        """Hidden states `[tokens, embed_dim]` after the final norm; new keys are written to `batch.kv`."""
+        x = self.embed(batch)
         rotations = {rope: rotary(batch, x.dtype) for rope, rotary in self.rotaries.items()}
         for layer in self.layers:
             x = layer(x, batch, rotations.get(layer.config.attn.rope))
-        return self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first block, `[tokens, dim]`."""
+        x = self.embed_tokens(batch.ids) if batch.embeds is None else batch.embeds
+        if self.config.input_scale is not None:
+            x = x * self.config.input_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(batch)
+        return x if self.embed_layernorm is None else self.embed_layernorm(x)

@@ -1,4 +1,4 @@
-"""Token embedding, which is also the head's matrix where the two are tied."""
+"""Token embedding, which is also the head's matrix where the two are tied, and learned positions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taut.batch import Batch
+from taut.config import Positions
+from taut.errors import RequestError
 from taut.kernels.linear import block, linear, why_not_blocked
 
 
@@ -48,3 +51,25 @@ class Embedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector `[dim]` for each absolute position."""
+
+    def __init__(self, config: Positions, dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.count + config.offset, dim, dtype=dtype))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """`[tokens, dim]`. `RequestError` for a row longer than the table; the engine refuses such rows
+        before they begin."""
+        if batch.kv is None and batch.longest > self.config.count:
+            raise RequestError(
+                f"a row has {batch.longest} tokens, and the model has learned {self.config.count} positions; "
+                "shorten it (truncation=True, max_length=...)"
+            )
+        return F.embedding(batch.positions + self.config.offset, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.count}, {self.weight.shape[1]}, offset={self.config.offset}"

@@ -54,8 +54,12 @@ class Linear(nn.Module):
             return self._after(y, act, residual)
         if self.weight.is_mkldnn and torch.is_grad_enabled():
             self.unblock()
-        if fuses(x, self.weight) and (norm is None or norm.config.kind == "rms"):
-            before = {} if norm is None else norm.arguments()
+        if fuses(x, self.weight):
+            before = {}
+            if norm is not None and norm.config.kind == "rms":
+                before = norm.arguments()
+            elif norm is not None:
+                x = norm(x)
             return gemv(x, self.weight, self.bias, act=act, residual=residual, **before)
         return self._after(linear(x if norm is None else norm(x), self.weight, self.bias), act, residual)
 

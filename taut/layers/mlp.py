@@ -1,4 +1,4 @@
-"""The gated feed-forward of a block."""
+"""The feed-forward of a block, gated or not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from taut.config import Mlp
+from taut.kernels.act import ACTIVATIONS
 from taut.layers.linear import Linear
 from taut.layers.norm import Norm
 
@@ -23,3 +24,17 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """`residual + down(act(gate(n)) * up(n))` with `n = norm(x)`, norm and residual where given."""
         return self.down_proj(self.gate_up_proj(x, norm=norm, act=self.config.act), residual=residual)
+
+
+class PlainMlp(nn.Module):
+    """`down(act(up(x)))` on `[tokens, dim]`."""
+
+    def __init__(self, config: Mlp, dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.up_proj = Linear(dim, config.hidden, bias=config.bias, dtype=dtype)
+        self.down_proj = Linear(config.hidden, dim, bias=config.bias, dtype=dtype)
+
+    def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        """`residual + down(act(up(n)))` with `n = norm(x)`, norm and residual where given."""
+        return self.down_proj(ACTIVATIONS[self.config.act](self.up_proj(x, norm=norm)), residual=residual)

@@ -1,10 +1,11 @@
-"""RMSNorm and LayerNorm modules."""
+"""RMSNorm and LayerNorm modules, of a whole vector or of each of its heads."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taut.config import Norm as NormConfig
@@ -18,7 +19,7 @@ class Norm(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(dim, dtype=dtype)) if config.kind == "layer" else None
+        self.bias = nn.Parameter(torch.empty(dim, dtype=dtype)) if config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = ops("norm", x)
@@ -32,3 +33,21 @@ class Norm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.config.kind}, eps={self.config.eps}"
+
+
+class HeadNorm(nn.Module):
+    """Normalises each head of `[tokens, heads, head_dim]` with a weight of its own, `[heads, head_dim]`."""
+
+    def __init__(self, config: NormConfig, heads: int, head_dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalised = F.rms_norm if self.config.kind == "rms" else F.layer_norm
+        y = normalised(wide, x.shape[-1:], eps=self.config.eps)
+        return (y * (self.weight.to(wide.dtype) + self.config.offset)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}, {self.config.kind}, eps={self.config.eps}"

@@ -1,4 +1,5 @@
-"""The families: `models/<model_type>.py` is the whole registry, a `read` and `RULES` each."""
+"""The families: `models/<model_type>.py` is the whole registry, a `read` and `RULES` each, or, where the
+files' layout depends on the config, `rules(config)`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from taut.config import ModelConfig, Reader
 from taut.errors import ConfigError, nearest
+from taut.weights import Rule
 
 
 def families() -> list[str]:
@@ -32,3 +34,9 @@ def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelCo
     """The `ModelConfig` of a `config.json` (as a dict); `ConfigError` names the key that is wrong."""
     reader = Reader(data, source)
     return family(reader.str("model_type")).read(reader)
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """How the names on disk of a model's family map onto Taut's."""
+    module = family(config.model_type)
+    return module.rules(config) if hasattr(module, "rules") else module.RULES

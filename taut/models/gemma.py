@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from taut.config import ModelConfig, Reader, activation, finish
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 
@@ -18,11 +16,11 @@ def read(r: Reader) -> ModelConfig:
     if not r.has("hidden_activation") and act == "gelu":
         act = "gelu_tanh"
     own = norm(r, offset=1.0)
-    layers = pre_norm_layers(r, attn={"qkv_bias": bias, "out_bias": bias}, act=act)
+    layers = pre_norm_layers(r, attn={"qkv_bias": bias, "out_bias": bias}, act=act, pre=own)
     return finish(
         r,
         architecture="GemmaForCausalLM",
-        layers=[replace(layer, pre_attn=own, pre_mlp=own) for layer in layers],
+        layers=layers,
         norm=own,
         tied=tied(r, default=True),
         embed_scale=r.int("hidden_size") ** 0.5,

@@ -24,13 +24,14 @@ def read(r: Reader) -> ModelConfig:
             "softcap": r.float("attn_logit_softcapping", None),
         },
         act=activation(r, "hidden_activation", "hidden_act", default="gelu_tanh"),
+        pre=own,
         windows=windows(r, count, [("sliding_attention", "full_attention")[i % 2] for i in range(count)]),
     )
     r.ignore("cache_implementation")
     return finish(
         r,
         architecture="Gemma2ForCausalLM",
-        layers=[replace(layer, pre_attn=own, post_attn=own, pre_mlp=own, post_mlp=own) for layer in layers],
+        layers=[replace(layer, post_attn=own, post_mlp=own) for layer in layers],
         norm=own,
         tied=tied(r, default=True),
         embed_scale=r.int("hidden_size") ** 0.5,

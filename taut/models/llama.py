@@ -10,9 +10,7 @@ from taut.weights import Rename
 
 # Llama calls the norm before the MLP after what it follows; the block calls it after what it precedes.
 RULES = (
-    Rename(
-        "model.layers.{}.post_attention_layernorm.weight", "model.layers.{}.pre_feedforward_layernorm.weight"
-    ),
+    Rename("model.layers.{}.post_attention_layernorm", "model.layers.{}.pre_feedforward_layernorm"),
 )
 
 
@@ -28,12 +26,12 @@ def tied(r: Reader, default: bool = False) -> bool:
     return r.bool("tie_word_embeddings", default)
 
 
-def norm(r: Reader, **changes: Any) -> Norm:
-    return Norm(r.float("rms_norm_eps", 1e-6), **changes)
+def norm(r: Reader, default: float = 1e-6, **changes: Any) -> Norm:
+    return Norm(r.float("rms_norm_eps", default), **changes)
 
 
 def heads(r: Reader) -> dict[str, Any]:
-    """Head counts and size, the usual scale, and the rotary embedding."""
+    """Head counts and size, and the usual scale."""
     count = r.int("num_attention_heads")
     head_dim = r.int("head_dim", None) or r.int("hidden_size") // count
     return {
@@ -41,8 +39,12 @@ def heads(r: Reader) -> dict[str, Any]:
         "kv_heads": r.divisor("num_key_value_heads", count),
         "head_dim": head_dim,
         "scale": head_dim**-0.5,
-        "rope": rope(r, head_dim, r.int("max_position_embeddings")),
     }
+
+
+def rotary(r: Reader, **defaults: float) -> Rope:
+    """The rotary embedding, with its family's `defaults`."""
+    return rope(r, heads(r)["head_dim"], r.int("max_position_embeddings"), **defaults)
 
 
 def pre_norm_layers(
@@ -53,11 +55,16 @@ def pre_norm_layers(
     windows: Sequence[int | None] | None = None,
     ropes: Sequence[Rope | None] | None = None,
     act: str | None = None,
+    pre: Norm | None = None,
 ) -> list[Layer]:
     """The layers of a Llama: RMSNorm before attention and before a gated MLP. `attn` and `mlp` change
-    fields of every layer; `windows` and `ropes` give one value a layer; `act` stands for `hidden_act`."""
+    fields of every layer; `windows` and `ropes` give one value a layer; `act` stands for `hidden_act` and
+    `pre` for the norms."""
     count = r.int("num_hidden_layers")
     shared = heads(r) | (attn or {})
+    if ropes is None and "rope" not in shared:
+        shared["rope"] = rotary(r)
+    pre = pre or norm(r)
     feed = Mlp(r.int("intermediate_size"), act or activation(r, "hidden_act", default="silu"), **(mlp or {}))
     layers = []
     for index in range(count):
@@ -66,5 +73,5 @@ def pre_norm_layers(
             own["window"] = windows[index]
         if ropes is not None:
             own["rope"] = ropes[index]
-        layers.append(Layer(Attn(**own), feed, pre_attn=norm(r), pre_mlp=norm(r)))
+        layers.append(Layer(Attn(**own), feed, pre_attn=pre, pre_mlp=pre))
     return layers

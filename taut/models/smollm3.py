@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taut.config import ModelConfig, Reader, finish, windows
-from taut.models.llama import RULES, heads, norm, pre_norm_layers, tied
+from taut.models.llama import RULES, norm, pre_norm_layers, rotary, tied
 
 __all__ = ["RULES", "read"]
 
@@ -15,7 +15,7 @@ def read(r: Reader) -> ModelConfig:
     sliding = r.bool("use_sliding_window", False) and r.has("sliding_window")
     types = ["sliding_attention" if sliding and not rotates[i] else "full_attention" for i in range(count)]
     bias = r.bool("attention_bias", False)
-    rope = heads(r)["rope"]
+    rope = rotary(r)
     layers = pre_norm_layers(
         r,
         attn={"qkv_bias": bias, "out_bias": bias},

@@ -28,7 +28,7 @@ def angles(tokens: int, dim: int, device: str):
     return positions, frequencies, cos[:, None], -sin[:, None]
 
 
-def agree_rotation(tokens, heads, head_dim, dim, dtype, device) -> None:
+def agree_rotation(tokens, heads, head_dim, dim, dtype, device, interleaved=False) -> None:
     positions, frequencies, cos, sin = angles(tokens, dim, device)
     got = rope_triton.angles(positions, frequencies, 1.25, torch.float32)
     for g, want in zip(got, (cos, sin), strict=True):
@@ -38,13 +38,15 @@ def agree_rotation(tokens, heads, head_dim, dim, dtype, device) -> None:
     for module, wide in ((rope_triton, dtype), (rope, torch.float64)):
         leaf = x[:, 1:].to(wide).requires_grad_()
         c, s = (t.to(dtype).to(wide) for t in (cos, sin))
-        out = module.rotate(leaf, c, s)
+        out = module.rotate(leaf, c, s, interleaved)
         results.append((out, *torch.autograd.grad(out, leaf, seed[:, 1:].to(wide))))
     for g, want in zip(*results, strict=True):
         assert not g.numel() or distance(g, want) < BOUNDS[dtype]
 
 
-def agree_store(tokens, heads, kv_heads, head_dim, dim, normed, offset, dtype, device) -> None:
+def agree_store(
+    tokens, heads, kv_heads, head_dim, dim, normed, offset, dtype, device, interleaved=False
+) -> None:
     _, _, cos, sin = angles(tokens, dim or 2, device)
     cos, sin = (None, None) if dim == 0 else (cos.to(dtype), sin.to(dtype))
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=device, dtype=dtype)
@@ -55,7 +57,8 @@ def agree_store(tokens, heads, kv_heads, head_dim, dim, normed, offset, dtype, d
     for module, wide in ((rope_triton, dtype), (rope, torch.float64)):
         cache = [torch.zeros(5, 16, kv_heads, head_dim, device=device, dtype=wide) for _ in range(2)]
         c, s, *w = (None if t is None else t.to(wide) for t in (cos, sin, *weights))
-        q = module.rotate_and_store(qkv.to(wide), heads, kv_heads, c, s, *cache, slots, *w, 1e-6, offset)
+        call = (qkv.to(wide), heads, kv_heads, c, s, *cache, slots, *w, 1e-6, offset, interleaved)
+        q = module.rotate_and_store(*call)
         results.append((q, *cache))
     for g, want in zip(*results, strict=True):
         assert g.shape == want.shape and distance(g, want) < BOUNDS[dtype]
@@ -63,14 +66,16 @@ def agree_store(tokens, heads, kv_heads, head_dim, dim, normed, offset, dtype, d
 
 def test_rotation_agrees_with_float64() -> None:
     for tokens, heads, head_dim, dim in ((5, 3, 16, 16), (3, 7, 24, 20), (2, 1, 40, 16), (0, 2, 16, 16)):
-        agree_rotation(tokens, heads, head_dim, dim, torch.float32, "cpu")
+        for interleaved in (False, True):
+            agree_rotation(tokens, heads, head_dim, dim, torch.float32, "cpu", interleaved)
 
 
 def test_store_agrees_with_float64() -> None:
     for (heads, kv_heads, head_dim, dim), normed, offset in product(
         ((4, 2, 16, 16), (5, 1, 24, 12), (2, 2, 20, 0)), (False, True), (0.0, 1.0)
     ):
-        agree_store(3, heads, kv_heads, head_dim, dim, normed, offset, torch.float32, "cpu")
+        for interleaved in (False, True):
+            agree_store(3, heads, kv_heads, head_dim, dim, normed, offset, torch.float32, "cpu", interleaved)
 
 
 def test_angles_of_each_token() -> None:
@@ -95,7 +100,7 @@ def test_compiles() -> None:
     common = {n: "*bf16:16" for n in pointers}
     common |= {n: "i32:16" for n in ("head_dim", "dim", "x_token", "x_head", "qkv_token")}
     common |= {"slots": "*i64", "heads": "i32", "kv_heads": "i32", "eps": "fp32", "offset": "fp32"}
-    common |= {"HEADS": 8, "HALF": 64, "REST": 32, "SIGN": -1, "ROTATE": True, "NORM": True, "SHIFT": True}
+    common |= {"HEADS": 8, "HALF": 64, "REST": 32, "SIGN": -1, "PAIRS": True, "ROTATE": True, "NORM": True, "SHIFT": True}
     turns = {"positions": "*i32", "frequencies": "*fp32", "half": "i32", "frequency_row": "i32"}
     turns |= {"magnitude": "fp32"}
     specs = [
@@ -109,7 +114,8 @@ def test_compiles() -> None:
 def test_sweep_on_a_device() -> None:
     for dtype in BOUNDS:
         for tokens, heads, head_dim, dim in ((1, 64, 128, 128), (777, 72, 64, 64), (33, 5, 256, 64)):
-            agree_rotation(tokens, heads, head_dim, dim, dtype, "cuda")
+            for interleaved in (False, True):
+                agree_rotation(tokens, heads, head_dim, dim, dtype, "cuda", interleaved)
         for heads, kv_heads, head_dim, dim in ((32, 32, 128, 128), (71, 1, 64, 64), (16, 8, 256, 64)):
-            for normed in (False, True):
-                agree_store(41, heads, kv_heads, head_dim, dim, normed, 0.0, dtype, "cuda")
+            for normed, interleaved in product((False, True), (False, True)):
+                agree_store(41, heads, kv_heads, head_dim, dim, normed, 0.0, dtype, "cuda", interleaved)
