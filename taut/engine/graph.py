@@ -16,6 +16,7 @@ from taut.batch import Batch, PagedKV
 from taut.engine.request import Request
 from taut.engine.runner import Runner
 from taut.engine.scheduler import Work
+from taut.kernels.attention import Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
 from taut.kernels.dispatch import device_refuses
 from taut.kernels.sample import Sampling, sample
@@ -27,7 +28,18 @@ LEAST_PAGES = 32
 
 def refuses(model) -> str | None:
     """Why decode steps of a model can't be graphs, or None."""
-    return device_refuses(torch.device(model.device))
+    if (why := device_refuses(torch.device(model.device))) is not None:
+        return why
+    for block in model.decoder.layers:
+        attn = block.self_attn
+        q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=model.dtype, device=model.device)
+        kv = q.new_empty(1, 1, attn.config.kv_heads, attn.config.head_dim)
+        row = torch.zeros(1, dtype=torch.int32, device=q.device)
+        offers = explain(q, 1, attn.scoring, Pages(kv, kv, row[None], row, 1), attn.only)
+        chosen = next((name for name, why in offers if why is None), None)
+        if chosen == "eager":
+            return f"layer {attn.index}'s attention runs on the reference, which waits for the device"
+    return None
 
 
 def plain(request: Request) -> bool:
@@ -70,12 +82,18 @@ class DecodeGraph:
 
     def __init__(self, runner: Runner):
         self.runner = runner
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[object, ...], _Graph] = {}
+        self._refused: dict[tuple[object, ...], str | None] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._workspace = Workspace.of(runner.device)
 
     def accepts(self, work: list[Work]) -> bool:
         """Whether a step is a graph's: one token a row, each of them sampled plainly."""
+        where = restrictions()
+        if where not in self._refused:
+            self._refused[where] = refuses(self.runner.model)
+        if self._refused[where] is not None:
+            return False
         return len(work) <= ROW_BUCKETS[-1] and all(
             w.count == 1 and w.ready and plain(w.request) for w in work
         )
@@ -86,10 +104,11 @@ class DecodeGraph:
         width = LEAST_PAGES
         while width < max(len(w.request.pages) for w in work) + 1:  # room to grow before the next capture
             width *= 2
-        graph = self._graphs.get((rows, width))
+        key = rows, width, restrictions()  # every host value that a capture bakes in
+        graph = self._graphs.get(key)
         if graph is None:
             with using(self._workspace):
-                graph = self._graphs[rows, width] = _Graph(self.runner, rows, width, self._pool)
+                graph = self._graphs[key] = _Graph(self.runner, rows, width, self._pool)
         graph.fill(work)
         return graph.launch(work)
 

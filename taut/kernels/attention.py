@@ -121,6 +121,12 @@ def attention_kernel(*names: str) -> Iterator[None]:
         _allowed.reset(token)
 
 
+def restrictions() -> tuple[object, ...]:
+    """What restricts the candidates in this context, as a key for whatever is made under it."""
+    backends = {c.backend for c in CANDIDATES.values() if c.backend is not None}
+    return _allowed.get(), *(getattr(torch.backends.cuda, f"{b}_sdp_enabled")() for b in sorted(backends))
+
+
 def _refusal(
     name: str,
     candidate: Candidate,
@@ -262,7 +268,8 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
         for t in (pages.keys, pages.values)
     )
     bias = None
-    if rows > 1 or scoring.slopes is not None or scoring.window is not None:
+    # On a GPU `longest` may be a bound that a graph was made for, so that even one row needs its mask.
+    if rows > 1 or q.is_cuda or scoring.slopes is not None or scoring.window is not None:
         # Keys before the query (`behind` 0 is the query's own): [rows, keys]
         behind = pages.lengths[:, None] - 1 - torch.arange(pages.longest, device=q.device)
         seen = behind >= 0

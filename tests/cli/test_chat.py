@@ -153,6 +153,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(
     told = chat.until(r"decode (\d+) tokens")
     assert int(re.search(r"decode (\d+)", told).group(1)) < 1000
     chat.until(">>> ")
+    time.sleep(0.5)  # readline shows its prompt a moment before it listens to signals
     chat.type("\x03")  # at the prompt, it clears the line
     chat.until("Ctrl-D or /exit leaves")
     chat.until(">>> ")
