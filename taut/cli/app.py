@@ -44,6 +44,9 @@ Penalty = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop at this text; may be given several times.")]
 System = Annotated[str | None, typer.Option(help="System message of the chat template.")]
+LoadIn = Annotated[
+    str | None, typer.Option(help="Pack the linear layers while loading: 4bit (nf4), 8bit, nf4, fp4, int8.")
+]
 Model = Annotated[
     str | None,
     typer.Argument(help="Folder, .gguf file or Hub id. Default: SmolLM2-135M-Instruct.", show_default=False),
@@ -143,6 +146,7 @@ def generate(
     repetition_penalty: Penalty = None,
     stop: Stop = None,
     seed: Seed = 0,
+    load_in: LoadIn = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -175,6 +179,7 @@ def chat(
     repetition_penalty: Penalty = None,
     stop: Stop = None,
     seed: Seed = 0,
+    load_in: LoadIn = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -187,6 +192,57 @@ def chat(
         from taut.cli.session import Options
 
         command.run(model, Options.of(context.params), system=system)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],
+    form: Annotated[str, typer.Option("--format", help="nf4, fp4 or int8.")] = "nf4",
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="4 bit: keep the scales in 8 bits too.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model's linear layers in 4 or 8 bit, as bitsandbytes stores them."""
+    with reported(debug):
+        from taut.cli import quantize as command
+
+        options = {"dtype": dtype, "device": device, "revision": revision}
+        command.run(
+            model, out, form=form, double_quant=double_quant, local_files_only=local_files_only, **options
+        )
+
+
+@app.command(name="eval")
+def evaluate(
+    context: typer.Context,
+    model: Model = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model, to measure the distance from its predictions.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to predict. Default: a few short built-in ones.", exists=True)
+    ] = None,
+    load_in: LoadIn = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of a model, and KL divergence and top-1 agreement against another."""
+    with reported(debug):
+        from taut.cli import evaluate as command
+        from taut.cli.session import Options
+
+        options = Options.of(context.params)
+        command.run(model, options, against=against, text=text, as_json=json)
 
 
 @app.command()

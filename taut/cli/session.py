@@ -15,6 +15,7 @@ from taut.engine.stream import Stream
 from taut.errors import TokenizerError
 from taut.hub import default_model, resolve
 from taut.modeling import CausalLM
+from taut.quant.config import named
 from taut.tokenizer import AutoTokenizer, Tokenizer
 
 
@@ -26,6 +27,7 @@ class Options:
     device: str = "auto"
     revision: str | None = None
     local_files_only: bool = False
+    load_in: str | None = None
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -94,11 +96,14 @@ class Session:
         """Loads `model`, or the default one. Options are checked first, so that a wrong one costs nothing;
         errors are those of the hub, the files, the tokenizer and the options."""
         options.generation()
+        packing = None if options.load_in is None else named(options.load_in)
         name = model or default_model()
         started = time.perf_counter()
         path = resolve(name, revision=options.revision, local_files_only=options.local_files_only)
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-        loaded = CausalLM.from_pretrained(str(path), dtype=options.dtype, device_map=options.device)
+        loaded = CausalLM.from_pretrained(
+            str(path), dtype=options.dtype, device_map=options.device, quantization_config=packing
+        )
         return Session(name, loaded, tokenizer, time.perf_counter() - started)
 
     def need_chat_template(self, what: str) -> None:

@@ -135,8 +135,22 @@ class BitsAndBytesConfig:
         return {**out, "quant_method": "bitsandbytes"}
 
 
+def named(name: str, *, double_quant: bool = False) -> BitsAndBytesConfig:
+    """The config behind a short name: "4bit" is "nf4", the better of the two codes; "8bit" is "int8"."""
+    kinds = {"4bit": "nf4", "nf4": "nf4", "fp4": "fp4", "8bit": "int8", "int8": "int8"}
+    if name not in kinds:
+        raise ConfigError(f"the format is {name!r}; known: {', '.join(kinds)}{nearest(name, kinds)}")
+    if kinds[name] == "int8":
+        if double_quant:
+            raise ConfigError("double quantization is for nf4 and fp4; int8 has one scale a row")
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kinds[name], bnb_4bit_use_double_quant=double_quant
+    )
+
+
 def _matches(pattern: str, module: str) -> bool:
-    """`pattern` is whole components from the start of the name, or any end of it, as in transformers."""
+    """`pattern` is whole components from the start of the name, or any end of it."""
     pattern = pattern.replace(".*", "*").removesuffix(".weight")
     escaped = pattern.replace("[", "[[]").replace("?", "[?]")
     return any(fnmatch.fnmatchcase(module, form) for form in (escaped, f"{escaped}.*", f"*{escaped}"))

@@ -1,0 +1,96 @@
+"""`taut quantize`, `taut eval` and `--load-in`, on a tiny model with a tokenizer of letters."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from taut import AutoModelForCausalLM
+from taut.cli.app import app
+from tests.families import CASES, checkpoint
+
+pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model with a tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    for file in checkpoint(CASES[0]).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    letters = {chr(32 + i): i for i in range(95)} | {"\n": 95, "<unk>": 96}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+    )
+    return folder
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [((), "nf4"), (("--format", "fp4", "--double-quant"), "fp4"), (("--format", "int8"), "int8")],
+    ids=["nf4", "fp4", "int8"],
+)
+def test_quantize_writes_a_folder_that_loads(model, options, kind, tmp_path):
+    result = run("quantize", model, tmp_path / "out", *options, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert kind in result.output and "saved to" in result.output
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.quantization_config.format == kind
+    assert loaded.quantization_config.bnb_4bit_use_double_quant == (kind == "fp4")
+    again = run("quantize", model, tmp_path / "out", "--device", "cpu")
+    assert again.exit_code == 1 and "exists already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--format", "int4"), "the format is 'int4'; known: 4bit, nf4, fp4, 8bit, int8"),
+        (("--format", "int8", "--double-quant"), "double quantization is for nf4 and fp4"),
+    ],
+    ids=["format", "double int8"],
+)
+def test_quantize_names_what_is_wrong(model, options, message, tmp_path):
+    result = run("quantize", model, tmp_path / "out", *options)
+    assert result.exit_code == 1 and message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_measures_no_distance_from_itself_and_some_from_4_bit(model):
+    words = ("eval", model, "--against", model, "--device", "cpu", "--json")
+    same, four, eight = (
+        json.loads(run(*words, *more).stdout) for more in ((), ("--load-in", "4bit"), ("--load-in", "8bit"))
+    )
+    assert same["kl_mean"] == 0 and same["top1_agreement"] == 1
+    assert same["perplexity"] == same["against_perplexity"]
+    assert four["kl_mean"] > eight["kl_mean"] > 0 and four["kl_p99"] > four["kl_mean"]
+    assert four["tokens"] == same["tokens"] > 1000
+
+
+def test_eval_of_a_text_prints_its_figures(model, tmp_path):
+    (tmp_path / "text").write_text("some words to predict")
+    result = run("eval", model, "--against", model, "--text", tmp_path / "text", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "tokens          20" in result.output and "top-1 agreement 100.00 %" in result.output
+    (tmp_path / "text").write_text("s")
+    result = run("eval", model, "--text", tmp_path / "text", "--device", "cpu")
+    assert result.exit_code == 1 and "fewer than two tokens" in result.output
+
+
+def test_generate_loads_in_4_bit(model):
+    result = run(
+        "generate", model, "hello", "--raw", "--load-in", "4bit", "--max-new-tokens", "4", "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    result = run("generate", model, "hello", "--raw", "--load-in", "5bit", "--device", "cpu")
+    assert result.exit_code == 1 and "the format is '5bit'" in result.output
