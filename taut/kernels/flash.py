@@ -726,17 +726,17 @@ def _differentiate(ctx, do: Tensor, backward_pass: Callable) -> tuple[Tensor | N
 
 
 class _Attention(torch.autograd.Function):
-    """The op outside of `torch.compile`."""
-
-    forward = staticmethod(_forward_pass)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _remember(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
+    """The op outside of `torch.compile`. It has no `setup_context`, whose way of passing arguments would
+    take longer on the host than the launch."""
 
     @staticmethod
-    def backward(ctx, do: Tensor, _):
+    def forward(ctx, *call) -> Tensor:
+        output = _forward_pass(*call)
+        _remember(ctx, call, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
         return _differentiate(ctx, do, _backward_pass)
 
 
@@ -839,5 +839,5 @@ def flash_attention(
         return _forward_op(*call)[0]
     learned = (q, k, v) if scoring.relative is None else (q, k, v, scoring.relative)
     if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
-        return _Attention.apply(*call)[0]
+        return _Attention.apply(*call)
     return _forward_pass(*call)[0]

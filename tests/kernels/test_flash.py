@@ -202,9 +202,18 @@ def spec(kernel: str, arch: int, dim: int, **flags) -> Spec:
     part = {"_forward": "forward", "_backward_dq": "dq", "_backward_dkdv": "dkdv"}[kernel]
     m, n, warps, stages = tiles[part][flash.block_dim(dim)]
     settings = {
-        "CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "ALIBI": False, "RELATIVE": False, "PAGE": 0,
-        "D_RELATIVE": False, "DIM": dim, "BLOCK_D": flash.block_dim(dim), "BLOCK_M": m, "BLOCK_N": n,
-    } | flags  # fmt: skip
+        "CAUSAL": True,
+        "WINDOW": False,
+        "SOFTCAP": False,
+        "ALIBI": False,
+        "RELATIVE": False,
+        "PAGE": 0,
+        "D_RELATIVE": False,
+        "DIM": dim,
+        "BLOCK_D": flash.block_dim(dim),
+        "BLOCK_M": m,
+        "BLOCK_N": n,
+    } | flags
     types = {
         **dict.fromkeys(("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV"), "*bf16:16"),
         **dict.fromkeys(("LSE", "DELTA", "d_relative"), "*fp32:16"),
@@ -260,8 +269,18 @@ def hopper_specs() -> list[Spec]:
     }
     wgs, rows, n, stages, turns, hold, launch = flash_hopper._TILES[128]
     load, multiply = flash_hopper._REGISTERS[launch]
-    forward = {"q_desc": tile(rows), "k_desc": tile(n), "v_desc": tile(n), "WGS": wgs, "N": n, "STAGES": stages,
-                   "PINGPONG": turns, "HOLD": hold, "LOAD_REGS": load, "MULTIPLY_REGS": multiply}  # fmt: skip
+    forward = {
+        "q_desc": tile(rows),
+        "k_desc": tile(n),
+        "v_desc": tile(n),
+        "WGS": wgs,
+        "N": n,
+        "STAGES": stages,
+        "PINGPONG": turns,
+        "HOLD": hold,
+        "LOAD_REGS": load,
+        "MULTIPLY_REGS": multiply,
+    }
     n, stages = flash_hopper_backward._DQ_TILES[128]
     dq = {
         "q_desc": tile(64),
@@ -272,8 +291,18 @@ def hopper_specs() -> list[Spec]:
         "STAGES": stages,
     }
     ((m, stages, dk, dv),) = flash_hopper_backward._DKDV_TILES[128]
-    dkdv = {"q_desc": tile(m), "do_desc": tile(m), "lse_desc": vector(m), "delta_desc": vector(m), "k_desc": tile(64),
-                "v_desc": tile(64), "M": m, "STAGES": stages, "DK": dk, "DV": dv}  # fmt: skip
+    dkdv = {
+        "q_desc": tile(m),
+        "do_desc": tile(m),
+        "lse_desc": vector(m),
+        "delta_desc": vector(m),
+        "k_desc": tile(64),
+        "v_desc": tile(64),
+        "M": m,
+        "STAGES": stages,
+        "DK": dk,
+        "DV": dv,
+    }
     specs = []
     for module, kernel, own in (
         ("flash_hopper", "_forward", forward),
