@@ -18,7 +18,7 @@ from taut.engine.runner import Runner
 from taut.engine.scheduler import Work
 from taut.kernels.attention import Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
-from taut.kernels.dispatch import device_refuses
+from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.sample import Sampling, sample
 
 # A graph is captured for so many rows; a step of fewer leaves the others idle.
@@ -33,6 +33,8 @@ def refuses(model) -> str | None:
     for block in model.decoder.layers:
         attn = block.self_attn
         q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=model.dtype, device=model.device)
+        if (why := triton_refuses(q)) is not None:
+            return why
         kv = q.new_empty(1, 1, attn.config.kv_heads, attn.config.head_dim)
         row = torch.zeros(1, dtype=torch.int32, device=q.device)
         offers = explain(q, 1, attn.scoring, Pages(kv, kv, row[None], row, 1), attn.only)
