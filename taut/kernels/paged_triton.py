@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.errors import RequestError
 from taut.kernels.attention import Pages, Scoring
-from taut.kernels.device import launch_options, multiprocessors, workspace
+from taut.kernels.device import launch_options, multiprocessors, shared_memory, workspace
 
 MAX_QUERIES = 16  # a row; more are a prefill
 _LOG2E = 1.4426950408889634
@@ -278,13 +278,15 @@ class Tiles:
     prefetch: bool = False
 
 
-def tiles(dim: int, block_r: int, itemsize: int) -> Tiles:
+def tiles(dim: int, block_r: int, itemsize: int, device: torch.device) -> Tiles:
     """Measured choice for a padded head dim, rows of a tile and bytes of a number."""
     if itemsize == 4:
         return Tiles(16, 4, 2, 2)
     if block_r > 16:
-        return Tiles(64, 4, 5, 2)
-    return Tiles(32, 4, 5, 4 if dim <= 128 else 2)
+        # Two tiles of 128 keys and values in flight where a program may take that much shared memory.
+        roomy = 1024 * dim + 32768 <= shared_memory(device)
+        return Tiles(128, 4, 5, 1) if roomy else Tiles(64, 4, 3, 2)
+    return Tiles(32, 2, 5, 4) if dim <= 128 else Tiles(32, 4, 5, 2)
 
 
 def split_count(programs: int, context: int, least: int, room: int) -> int:
@@ -327,7 +329,7 @@ def plan(
     """The launch for `tokens` queries in `rows` rows of at most `queries`, over at most `context` keys."""
     pairs = max(queries, 1) * (heads // kv_heads)
     block_r = min(max(triton.next_power_of_2(pairs), 16), 64)
-    cut = cut or tiles(max(triton.next_power_of_2(dim), 16), block_r, itemsize)
+    cut = cut or tiles(max(triton.next_power_of_2(dim), 16), block_r, itemsize, device)
     blocks = triton.cdiv(pairs, block_r)
     programs = max(rows * kv_heads * blocks, 1)
     splits = split_count(programs, max(context, 1), cut.block_n, cut.programs * multiprocessors(device))

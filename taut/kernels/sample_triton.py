@@ -215,6 +215,24 @@ def _from_row(
 
 
 @triton.jit
+def _collect(logits, values, ids, vocab, temperature, low, WIDE: tl.constexpr, FEW: tl.constexpr):
+    """Write the first FEW tokens of at least key `low` to `values` and `ids`; the number of all of them."""
+    tl.debug_barrier()  # an earlier collection is done
+    block = tl.arange(0, WIDE)
+    count = tl.sum(tl.zeros([WIDE], tl.int32), 0)
+    for start in range(0, vocab, WIDE):
+        x = _scores(logits, start + block, vocab, temperature)
+        taken = ((_key(x) >= low) & (start + block < vocab)).to(tl.int32)
+        place = count + tl.cumsum(taken, 0) - 1
+        fits = (taken > 0) & (place < FEW)
+        tl.store(values + place, x, mask=fits)
+        tl.store(ids + place, start + block, mask=fits)
+        count += tl.sum(taken, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
 def _sample(
     logits,
     temperatures,
@@ -279,17 +297,20 @@ def _sample(
             else:
                 held = _held(logits, vocab, temperature, peak, cuts, lowest, True, BLOCK)
                 target = top_p * tl.max(held, 0)
-            needed = tl.max(tl.where(held >= target, cuts, _LOWEST), 0)
-            count = top_k * 0
-            for start in range(0, vocab, WIDE):
-                x = _scores(logits, start + block, vocab, temperature)
-                taken = ((_key(x) >= needed) & (start + block < vocab)).to(tl.int32)
-                place = count + tl.cumsum(taken, 0) - 1
-                fits = (taken > 0) & (place < FEW)
-                tl.store(values + place, x, mask=fits)
-                tl.store(ids + place, start + block, mask=fits)
-                count += tl.sum(taken, 0)
-            tl.debug_barrier()
+            enough = (held >= target) | (way == _WAYS - 1)
+            begin = tl.max(tl.where(enough, cuts, _LOWEST), 0).to(tl.int64)
+            end = tl.min(tl.where(enough, _key(peak) + 1, cuts), 0).to(tl.int64)
+            count = _collect(logits, values, ids, vocab, temperature, begin, WIDE, FEW)
+            attempts = top_k * 0
+            while (count > FEW) & (attempts < 3):
+                cuts = (begin + (end - begin) * way // _WAYS).to(tl.int32)
+                if limited:
+                    held = _held(logits, vocab, temperature, peak, cuts, lowest, False, BLOCK)
+                else:
+                    held = _held(logits, vocab, temperature, peak, cuts, lowest, True, BLOCK)
+                begin, end = _narrow(begin, end, held, target)
+                count = _collect(logits, values, ids, vocab, temperature, begin, WIDE, FEW)
+                attempts += 1
             if count <= FEW:
                 part = tl.where(limited, top_p, target)
                 token = _from_few(
