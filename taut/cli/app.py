@@ -259,3 +259,55 @@ def inspect(
         from taut.cli import inspect as command
 
         command.run(model, dtype=dtype, revision=revision, local_files_only=local_files_only, as_json=json)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, .gguf file or Hub id. Default: SmolLM2-135M-Instruct.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights in a known shape: llama-7b, falcon-7b, mistral-7b, llama-8b, bert-base."
+        ),
+    ] = None,
+    what: Annotated[
+        str | None, typer.Option(help="Some of forward,padded,generate,decode,memory. Default: all.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Sequence lengths. Default: 512,2048,4096; on a CPU 128,512.")
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Rows. Default: 1,8; on a CPU 1,4.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="Prompt lengths of decode. Default: 512,4096; on a CPU 128.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that generate and decode make.")] = 64,
+    logits: Annotated[
+        str, typer.Option(help="Score the last position of each row of a forward, or all.")
+    ] = "last",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    peers: Annotated[
+        str, typer.Option(help="none, transformers (eager, sdpa), or all (and flash-attn).")
+    ] = "transformers",
+    repeats: Annotated[int, typer.Option(help="Counted runs of each case.")] = 5,
+    json: Annotated[
+        Path | None, typer.Option(help="Write everything here: device, versions, date, all samples.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw PNG charts into this folder.")] = None,
+    revision: Revision = None,
+    local_files_only: Local = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model beside transformers: forward, padded batches, generate, decode and memory.
+
+    All run in this process, in turns, with the same weights. Lists are separated by commas.
+    """
+    with reported(debug):
+        from taut.bench.run import Options, run
+
+        given = {name: value for name, value in context.params.items() if name != "debug"}
+        if not run(Options(**given)):
+            raise typer.Exit(1)

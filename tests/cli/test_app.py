@@ -20,6 +20,8 @@ OPTIONS = {
     "chat": "--system --max-new-tokens --temperature --top-p --top-k --min-p --repetition-penalty --stop "
     "--seed --dtype --device --revision --local-files-only --debug",
     "inspect": "--dtype --revision --local-files-only --json --debug",
+    "bench": "--model --shape --what --lengths --batches --contexts --new-tokens --logits --dtype --device "
+    "--peers --repeats --json --plot --revision --local-files-only --debug",
 }
 
 

@@ -1,0 +1,1 @@
+"""`taut bench`: Taut beside its peers in one process, with the same weights, as tables, JSON and plots."""

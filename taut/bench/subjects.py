@@ -1,0 +1,123 @@
+"""Taut as a subject of measurement, and its weights as transformers names them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taut import auto, weights
+from taut.bench.cases import Inputs
+from taut.bench.measure import DoesNotFit, synchronize
+from taut.bench.shapes import Shape
+from taut.engine.generate import sized_engine
+from taut.engine.request import Request, SamplingParams
+from taut.errors import RequestError
+from taut.layers.linear import Linear
+from taut.models import rules
+
+
+def make_model(shape: Shape, *, context: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of a shape with random weights, the same each time, that takes at least `context` tokens."""
+    config = dict(shape.config)
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], context)
+    torch.manual_seed(0)
+    return getattr(auto, shape.auto).from_config(config, dtype=dtype, device=device)
+
+
+class Taut:
+    """A Taut model under measurement."""
+
+    name = "taut"
+
+    def __init__(self, model: Any, *, all_logits: bool = False):
+        self.model = model
+        self.weights_bytes = model.get_memory_footprint()
+        self._options = {} if all_logits or not hasattr(model, "generate") else {"logits_to_keep": 1}
+
+    @property
+    def packed(self) -> bool:
+        """Whether some weights are kept in fewer bits than they are computed in."""
+        return any(isinstance(m, Linear) and m.packed is not None for m in self.model.modules())
+
+    def forward(self, inputs: Inputs) -> Any:
+        return self.model(inputs.ids, attention_mask=inputs.mask, **self._options)
+
+    def generate(self, inputs: Inputs, new_tokens: int) -> Tensor:
+        mask = torch.ones_like(inputs.ids) if inputs.mask is None else inputs.mask
+        out = self.model.generate(
+            inputs.ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=[],
+            pad_token_id=0,
+        )
+        return check_count(self.name, out, inputs, new_tokens)
+
+    def decode(self, inputs: Inputs, new_tokens: int, uncounted: int) -> float:
+        """As `generate` does it: an engine of the size that the requests need, stepped to their end."""
+        params = SamplingParams(max_new_tokens=new_tokens)
+        requests = [Request(prompt=row, params=params) for row in inputs.ids.tolist()]
+        try:
+            engine = sized_engine(self.model, requests)
+        except RequestError as error:  # not even one row fits
+            raise DoesNotFit(str(error)) from None
+        needed = sum(engine.pages.needed(r.length + new_tokens) for r in requests)
+        if needed > engine.pages.count or len(requests) > engine.scheduler.max_rows:
+            raise DoesNotFit(f"{engine.pages.tokens} tokens of cache fit, not all {len(requests)} rows")
+        for request in requests:
+            engine.submit(request)
+        device = torch.device(self.model.device)
+        started = None
+        while engine.has_work:
+            engine.step()
+            if started is None and all(len(r.output) >= uncounted for r in requests):
+                started = time.perf_counter()
+        synchronize(device)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return time.perf_counter() - started
+
+
+def check_count(name: str, out: Tensor, inputs: Inputs, new_tokens: int) -> Tensor:
+    """`out` `[rows, width + new]`, if it holds the tokens that were asked for: fewer can't be compared."""
+    made = out.shape[1] - inputs.ids.shape[1]
+    if made != new_tokens:
+        raise RuntimeError(f"{name} generated {made} tokens in place of {new_tokens}")
+    return out
+
+
+@torch.no_grad()
+def shared_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a Taut model under the names of its checkpoints, for a peer to compute with.
+
+    They are views of Taut's own memory wherever rows lie together there, so that a peer costs none; a
+    matrix that Taut keeps in fewer bits is unpacked to the model's dtype.
+    """
+    held = {name: param.data for name, param in model.named_parameters()}
+    groups: dict[str, list[weights.Piece]] = {}
+    for piece in weights.layout(model, rules(model.config)):
+        groups.setdefault(piece.disk, []).append(piece)
+
+    def dense(name: str) -> Tensor:
+        if name not in held:
+            held[name] = model.get_submodule(name.removesuffix(".weight")).packed.dequantize(model.dtype)
+        return held[name].to_dense() if held[name].is_mkldnn else held[name]
+
+    def whole(group: list[weights.Piece]) -> Tensor:
+        group = sorted(group, key=lambda piece: piece.disk_start)
+        first = group[0]
+        ends = [piece.start + piece.rows for piece in group]
+        in_order = [piece.start for piece in group[1:]] == ends[:-1]
+        if len(group) > 1 and in_order and all((p.param, p.index) == (first.param, None) for p in group):
+            tensor = dense(first.param)[first.start : ends[-1]]
+        else:
+            parts = [piece.view(dense(piece.param)) for piece in group]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return tensor.T if first.transposed else tensor
+
+    return {name: whole(group) for name, group in groups.items()}

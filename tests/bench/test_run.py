@@ -1,0 +1,191 @@
+"""`taut bench` on a tiny model beside transformers: what it reports, draws and refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner, Result
+
+from taut.bench import peers, shapes
+from taut.bench.run import Options, measure_all
+from taut.bench.shapes import SHAPES
+from taut.cli.app import app
+from taut.modeling import CausalLM
+
+TINY = ["--shape", "tiny-llama", "--device", "cpu"]
+SUBJECTS = ["taut", "transformers eager", "transformers sdpa"]
+
+
+def taut(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ("bench", *arguments), env={"COLUMNS": "160"})
+
+
+def test_everything_is_in_the_report(tmp_path: Path) -> None:
+    result = taut(
+        *TINY,
+        *("--lengths", "8,40", "--batches", "1,3", "--contexts", "12", "--new-tokens", "6", "--repeats", "2"),
+        *("--dtype", "float32", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "charts")),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["benchmark"] == "taut bench" and report["dtype"] == "float32"
+    assert {"python", "taut", "torch", "transformers"} <= report["versions"].keys()
+    assert re.match(r"\d{4}-\d\d-\d\dT", report["date"])
+    assert report["device"]["type"] == "cpu" and report["device"]["threads"] == torch.get_num_threads()
+    assert {choice["op"] for choice in report["plan"]} >= {"attention of a decode step"}
+    assert set(report["agreement"]) == set(SUBJECTS[1:]) and max(report["agreement"].values()) < 1e-4
+
+    points = {(p["subject"], p["what"], p["batch"], p["length"]): p for p in report["points"]}
+    grid = [(batch, length) for batch in (1, 3) for length in (8, 40)]
+    cases = [(what, *at) for what in ("forward", "generate", "memory") for at in grid]
+    cases += [("padded", 3, 8), ("padded", 3, 40), ("decode", 1, 12), ("decode", 3, 12)]
+    assert points.keys() == {(subject, *case) for subject in SUBJECTS for case in cases}
+    for point in points.values():
+        assert point["failed"] is None, point
+        assert len(point["samples"]) == (1 if point["what"] == "memory" else 2)
+        assert 0 < min(point["samples"]) == point["low"] <= point["median"] <= point["high"]
+        assert point["peak_bytes"] >= report["weights_bytes"] > 0
+    assert points["taut", "padded", 3, 40]["real_tokens"] == 1 + 20 + 40
+    assert points["taut", "forward", 3, 40]["real_tokens"] == 120
+
+    for title in ("forward, all rows full, ms", "decode, 6 new tokens a row, tok/s", "Taut to best peer"):
+        assert title in result.stdout
+    drawn = {file.name for file in (tmp_path / "charts").iterdir()}
+    assert drawn == {
+        *("forward-length.png", "forward-batch.png", "padded-length.png", "generate-length.png"),
+        *("generate-batch.png", "decode-batch.png", "memory-length.png", "memory-batch.png"),
+    }
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "charts").iterdir())
+
+
+def test_a_folder_alone_on_all_logits(tmp_path: Path) -> None:
+    config = {**SHAPES["tiny-llama"].config, "torch_dtype": "float32"}
+    CausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    options = Options(
+        model=str(tmp_path),
+        what="forward",
+        lengths="5",
+        batches="2",
+        peers="none",
+        logits="all",
+        device="cpu",
+    )
+    report = measure_all(options)
+    assert [(p.subject, p.batch, p.length) for p in report.points] == [("taut", 2, 5)]
+    assert report.model == tmp_path.name and report.agreement == {}
+    with pytest.raises(ValueError, match="context of 64 tokens, and a case takes 65"):
+        measure_all(Options(model=str(tmp_path), what="forward", lengths="65", peers="none", device="cpu"))
+
+
+# Parameters that the published models have.
+SIZES = {
+    "llama-7b": 6_738_415_616,
+    "falcon-7b": 6_921_720_704,
+    "mistral-7b": 7_241_732_096,
+    "llama-8b": 8_030_261_248,
+    "bert-base": 109_482_240,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_shapes_are_the_published_models(name: str) -> None:
+    shape = SHAPES[name]
+    options = {key: value for key, value in shape.config.items() if key != "model_type"}
+    config = transformers.AutoConfig.for_model(shape.config["model_type"], **options)
+    with torch.device("meta"):
+        model = getattr(transformers, shape.auto).from_config(config)
+    assert model.num_parameters() == SIZES[name]
+    if shape.known and shape.generates:
+        assert CausalLM.from_config(dict(shape.config), device="meta").num_parameters() == SIZES[name]
+
+
+ERRORS = [
+    (["--shape", "lama-7b"], "nearest: llama-7b"),
+    (["--shape", "llama-7b", "--model", "x"], "--model and --shape"),
+    ([*TINY, "--what", "forwards"], "nearest: forward"),
+    ([*TINY, "--what", ","], "--what is empty"),
+    ([*TINY, "--what", "padded", "--batches", "1"], "--batches has only 1"),
+    ([*TINY, "--lengths", "8,x"], "--lengths is '8,x'"),
+    ([*TINY, "--batches", "0"], "--batches is '0'"),
+    ([*TINY, "--contexts", ""], "--contexts is ''"),
+    ([*TINY, "--new-tokens", "4"], "--new-tokens is 4"),
+    ([*TINY, "--repeats", "0"], "--repeats is 0"),
+    ([*TINY, "--dtype", "int3"], "--dtype is 'int3'"),
+    ([*TINY, "--logits", "some"], "--logits is 'some'"),
+    ([*TINY, "--peers", "transformer"], "nearest: transformers"),
+    ([*TINY, "--json", "/nowhere/b.json"], "/nowhere does not exist"),
+    ([*TINY, "--json", "/"], "is a folder"),
+    ([*TINY, "--plot", __file__], "is a file"),
+    (["--shape", "tiny-llama", "--device", "tpu"], "tpu"),
+    (["--model", "/nowhere/model.gguf"], "/nowhere/model.gguf"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), ERRORS, ids=lambda value: " ".join(value)[:60])
+def test_an_error_is_one_line_before_anything_is_measured(arguments: list[str], named: str) -> None:
+    result = taut(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert re.search(r"^error: [^\n]+\n\Z", result.stderr, re.M), result.stderr
+    assert named in result.stderr
+
+
+def test_a_shape_of_a_family_that_taut_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "families", lambda: ["llama"])
+    with pytest.raises(ValueError, match=r"'mistral'.* does not have; shapes it has: llama-7b, llama-8b$"):
+        shapes.find("mistral-7b")
+
+
+def test_an_encoder_generates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes.Shape, "known", property(lambda self: True))
+    with pytest.raises(ValueError, match=r"bert-base is an encoder.* it has: forward, padded, memory"):
+        measure_all(Options(shape="bert-base", what="forward,decode"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "named"),
+    [("transformers", [], "pip install transformers"), ("matplotlib", ["--plot", "charts"], "taut[plot]")],
+)
+def test_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, missing: str, arguments: list[str], named: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    result = taut(*TINY, *arguments)
+    assert result.exit_code == 1 and named in result.stderr
+
+
+def test_flash_attn_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanted(**place: Any) -> tuple[list[str], str]:
+        found, notes = peers.attentions("all", **place)
+        return found, " ".join(notes)
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found, note = wanted(dtype=torch.bfloat16, device=gpu)
+    assert found == ["eager", "sdpa"] and "not installed" in note
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert wanted(dtype=torch.bfloat16, device=gpu) == (["eager", "sdpa", "flash_attention_2"], "")
+    for place in ({"dtype": torch.float32, "device": gpu}, {"dtype": torch.bfloat16, "device": cpu}):
+        found, note = wanted(**place)
+        assert found == ["eager", "sdpa"] and "on a GPU" in note
+
+
+def test_peers_are_imported_only_when_they_run() -> None:
+    code = (
+        "import sys\nfrom taut.bench.run import Options, measure_all\n"
+        "options = Options(shape='tiny-llama', what='forward', lengths='4', batches='1', peers='none',"
+        " device='cpu')\nmeasure_all(options)\n"
+        "print(sorted({'transformers', 'matplotlib', 'flash_attn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
