@@ -178,7 +178,9 @@ def _store(
         tl.store(to_v + last, r, mask=is_v & more)
 
 
-def angles(positions: Tensor, frequencies: Tensor, magnitude: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin `[tokens, 1, dim]` as `rotate` takes them, in one launch.
 
     `positions` `[tokens]`; `frequencies` float32 `[dim / 2]`, or `[tokens, dim / 2]` where each token has
@@ -251,8 +253,8 @@ def _check_angles(cos: Tensor, sin: Tensor, tokens: int, head_dim: int) -> None:
     dim = cos.shape[-1]
     if cos.shape != (tokens, 1, dim) or sin.shape != cos.shape or dim % 2 or dim > head_dim:
         raise RequestError(
-            f"rotation got cos {list(cos.shape)} and sin {list(sin.shape)}; expected [{tokens}, 1, dim] with an "
-            f"even dim of at most {head_dim}"
+            f"rotation got cos {list(cos.shape)} and sin {list(sin.shape)}; expected [{tokens}, 1, dim] with "
+            f"an even dim of at most {head_dim}"
         )
 
 

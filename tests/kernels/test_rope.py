@@ -92,15 +92,17 @@ def test_errors() -> None:
         rope_triton.rotate(torch.randn(2, 3, 8), cos, cos)
     cache = torch.zeros(1, 16, 1, 8)
     with pytest.raises(RequestError, match=r"qkv has shape \[2, 20\]; expected \[tokens, 32\]"):
-        rope_triton.rotate_and_store(torch.randn(2, 20), 2, 1, None, None, cache, cache, torch.zeros(2).long())
+        qkv, slots = torch.randn(2, 20), torch.zeros(2).long()
+        rope_triton.rotate_and_store(qkv, 2, 1, None, None, cache, cache, slots)
 
 
 def test_compiles() -> None:
-    pointers = "x cos sin out qkv q_weight k_weight q_out keys values".split()
-    common = {n: "*bf16:16" for n in pointers}
-    common |= {n: "i32:16" for n in ("head_dim", "dim", "x_token", "x_head", "qkv_token")}
+    pointers = ["x", "cos", "sin", "out", "qkv", "q_weight", "k_weight", "q_out", "keys", "values"]
+    common = dict.fromkeys(pointers, "*bf16:16")
+    common |= dict.fromkeys(("head_dim", "dim", "x_token", "x_head", "qkv_token"), "i32:16")
     common |= {"slots": "*i64", "heads": "i32", "kv_heads": "i32", "eps": "fp32", "offset": "fp32"}
-    common |= {"HEADS": 8, "HALF": 64, "REST": 32, "SIGN": -1, "PAIRS": True, "ROTATE": True, "NORM": True, "SHIFT": True}
+    common |= {"HEADS": 8, "HALF": 64, "REST": 32, "SIGN": -1}
+    common |= dict.fromkeys(("PAIRS", "ROTATE", "NORM", "SHIFT"), True)
     turns = {"positions": "*i32", "frequencies": "*fp32", "half": "i32", "frequency_row": "i32"}
     turns |= {"magnitude": "fp32"}
     specs = [
