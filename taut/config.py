@@ -239,21 +239,24 @@ class Reader:
         (`n_embd`), where it does."""
         self.names.update({key: own for key, own in names.items() if own in self.data})
 
+    def _own(self, key: str) -> str:
+        return self.names.get(key, key)
+
     def has(self, key: str) -> bool:
         """Whether `key` is present and not null (does not count as using it)."""
-        return self.data.get(self.names.get(key, key)) is not None
+        return self.data.get(self._own(key)) is not None
 
     def _get(self, key: str, default: T, accept: tuple[type, ...], kind: str) -> Any | T:
-        key = self.names.get(key, key)
+        key = self._own(key)
         self._seen.add(key)
         value = self.data.get(key)
         if value is None:
             if default is _REQUIRED:
                 hint = nearest(key, self.data)
-                raise ConfigError(f"{self.source}: {key!r} is missing ({kind} expected){hint}")
+                raise ConfigError(f"{self.source}: {self._own(key)!r} is missing ({kind} expected){hint}")
             return default
         if not isinstance(value, accept) or (isinstance(value, bool) and not {bool, object} & {*accept}):
-            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected {kind}")
+            raise ConfigError(f"{self.source}: {self._own(key)!r} is {value!r}; expected {kind}")
         return value
 
     def int(self, key: str, default: T = _REQUIRED, *, minimum: int = 1) -> int | T:
@@ -261,14 +264,16 @@ class Reader:
         if value is default:
             return default
         if value != int(value) or value < minimum:
-            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected an integer >= {minimum}")
+            raise ConfigError(
+                f"{self.source}: {self._own(key)!r} is {value!r}; expected an integer >= {minimum}"
+            )
         return int(value)
 
     def divisor(self, key: str, of: int) -> int:
         """An integer that divides `of`, which is also the default."""
         value = self.int(key, of)
         if of % value:
-            raise ConfigError(f"{self.source}: {key!r} is {value}, which does not divide {of}")
+            raise ConfigError(f"{self.source}: {self._own(key)!r} is {value}, which does not divide {of}")
         return value
 
     def float(self, key: str, default: T = _REQUIRED, *, positive: bool = True) -> float | T:
@@ -276,7 +281,7 @@ class Reader:
         if value is default:
             return default
         if positive and not 0 < value < float("inf"):
-            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected a number > 0")
+            raise ConfigError(f"{self.source}: {self._own(key)!r} is {value!r}; expected a number > 0")
         return float(value)
 
     def bool(self, key: str, default: T = _REQUIRED) -> bool | T:
@@ -288,7 +293,9 @@ class Reader:
     def list(self, key: str, default: T = _REQUIRED, *, length: int | None = None) -> list | T:
         value = self._get(key, default, (list, tuple), "a list")
         if value is not default and length is not None and len(value) != length:
-            raise ConfigError(f"{self.source}: {key!r} has {len(value)} entries; expected {length}")
+            raise ConfigError(
+                f"{self.source}: {self._own(key)!r} has {len(value)} entries; expected {length}"
+            )
         return value
 
     def choice(self, key: str, known: Mapping[str, T] | Sequence[str], default: Any = _REQUIRED) -> Any:
@@ -296,7 +303,7 @@ class Reader:
         value = self.str(key, default)
         if value not in known:
             raise ConfigError(
-                f"{self.source}: {key!r} is {value!r}; known: {', '.join(sorted(known))}"
+                f"{self.source}: {self._own(key)!r} is {value!r}; known: {', '.join(sorted(known))}"
                 f"{nearest(value, known)}"
             )
         return known[value] if isinstance(known, Mapping) else value
@@ -320,7 +327,9 @@ class Reader:
             return ()
         ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise ConfigError(f"{self.source}: {key!r} is {value!r}; expected a token id or a list of them")
+            raise ConfigError(
+                f"{self.source}: {self._own(key)!r} is {value!r}; expected a token id or a list of them"
+            )
         return tuple(i for i in ids if i >= 0)  # -1 marks "none" in older files
 
     def ignore(self, *keys: str) -> None:
@@ -333,7 +342,7 @@ class Reader:
         if value is not None and value not in allowed:
             choices = ", ".join(repr(a) for a in allowed) or "absent"
             raise ConfigError(
-                f"{self.source}: {key!r} is {value!r}, which is not supported; known: {choices}"
+                f"{self.source}: {self._own(key)!r} is {value!r}, which is not supported; known: {choices}"
             )
 
     def unused(self) -> tuple[str, ...]:
@@ -342,12 +351,15 @@ class Reader:
 
 
 # Keys transformers writes into every config.json; none changes what a decoder computes at inference.
-_HOUSEKEEPING = (
+HOUSEKEEPING = (
     *("_name_or_path", "_attn_implementation", "attn_implementation", "_commit_hash", "architectures"),
     *("auto_map", "chunk_size_feed_forward", "id2label", "label2id", "initializer_range", "is_decoder"),
     *("is_encoder_decoder", "model_type", "output_attentions", "output_hidden_states", "pretraining_tp"),
     *("problem_type", "return_dict", "task_specific_params", "tokenizer_class", "transformers_version"),
     *("use_cache", "use_return_dict", "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"),
+    *("attn_pdrop", "emb_pdrop", "classifier_dropout", "activation_dropout", "gradient_checkpointing"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
+    *("summary_first_dropout", "dropout"),
 )
 
 
@@ -479,7 +491,7 @@ def finish(
 ) -> ModelConfig:
     """The `ModelConfig` of a decoder, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
-    reader.ignore(*_HOUSEKEEPING)
+    reader.ignore(*HOUSEKEEPING)
     reader.only("add_cross_attention", False)
     reader.ignore("quantization_config")  # about the files: `quant.choose` reads it, strictly
     name = reader.str("dtype", None) or reader.str("torch_dtype", None)

@@ -72,6 +72,11 @@ class Rename:
         return [rename(piece) for piece in pieces]
 
 
+def renames(module: str, names: Mapping[str, str]) -> tuple[Rename, ...]:
+    """A `Rename` for each disk name of `names` and ours, all inside `module`."""
+    return tuple(Rename(f"{module}.{disk}", f"{module}.{ours}") for disk, ours in names.items())
+
+
 @dataclass(frozen=True)
 class Fused:
     """Disk holds our sibling `parts` stacked along dimension 0 as `disk` (a module name; its weight and

@@ -31,6 +31,22 @@ TINY = {
     "tie_word_embeddings": False,
 }
 
+IDS = {key: TINY[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+# What older families call the same; by default their head is tied where they say nothing.
+FALCON = IDS | {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": CONTEXT,
+}
+NEOX = FALCON | {"intermediate_size": 80}
+BLOOM = IDS | {"hidden_size": 48, "n_layer": 3, "n_head": 6}
+MPT = IDS | {"d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": CONTEXT}
+GPT = IDS | {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": CONTEXT}
+NEO = IDS | {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "max_position_embeddings": CONTEXT}
+NEO |= {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 5}
+OPT = FALCON | {"ffn_dim": 80}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -41,6 +57,7 @@ class Case:
     family: str
     options: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=lambda: TINY)
+    attention: str = "eager"  # transformers' implementation that is right
 
     def __str__(self) -> str:
         return self.name
@@ -192,6 +209,85 @@ CASES = [
             "final_logit_softcapping": 4.0,
         },
     ),
+    Case("phi", "Phi"),
+    Case("phi-head-norms", "Phi", {"qk_layernorm": True, "hidden_act": "gelu"}),
+    Case("gpt-neox", "GPTNeoX", base=NEOX),
+    Case(
+        "gpt-neox-sequential-tied",
+        "GPTNeoX",
+        {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+        NEOX,
+    ),
+    Case("gptj", "GPTJ", {"rotary_dim": 4}, GPT),
+    Case("gptj-whole-heads", "GPTJ", {"rotary_dim": 8, "n_inner": 80, "activation_function": "relu"}, GPT),
+    Case("codegen", "CodeGen", {"rotary_dim": 4, "n_head": 8}, GPT),
+    Case("falcon-7b", "Falcon", base=FALCON),
+    Case("falcon-40b", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, FALCON),
+    Case(
+        "falcon-11b",
+        "Falcon",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 3,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+            "ffn_hidden_size": 80,
+        },
+        FALCON,
+    ),
+    # Eight heads: transformers rounds slope times position to bfloat16, which is exact for powers of two.
+    Case(
+        "falcon-rw",
+        "Falcon",
+        {
+            "num_attention_heads": 8,
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+        },
+        FALCON,
+        attention="sdpa",  # its eager attention adds ALiBi twice
+    ),
+    Case("falcon-rw-no-bias", "Falcon", {"multi_query": False, "activation": "relu"}, FALCON),
+    Case("bloom", "Bloom", base=BLOOM),
+    Case("bloom-untied", "Bloom", {"n_head": 4, "tie_word_embeddings": False}, BLOOM),
+    Case("mpt", "Mpt", base=MPT),
+    Case(
+        "mpt-clipped",
+        "Mpt",
+        {
+            "n_heads": 4,
+            "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.2},
+            "tie_word_embeddings": False,
+        },
+        MPT,
+    ),
+    Case("gpt2", "GPT2", base=GPT),
+    Case(
+        "gpt2-scales",
+        "GPT2",
+        {
+            "scale_attn_weights": False,
+            "scale_attn_by_inverse_layer_idx": True,
+            "n_inner": 80,
+            "activation_function": "relu",
+            "tie_word_embeddings": False,
+        },
+        GPT,
+    ),
+    Case("gpt-neo", "GPTNeo", base=NEO),
+    Case("gpt-neo-untied", "GPTNeo", {"intermediate_size": 80, "tie_word_embeddings": False}, NEO),
+    Case("gpt-bigcode", "GPTBigCode", base=GPT),
+    Case("gpt-bigcode-many-kv-heads", "GPTBigCode", {"multi_query": False, "n_inner": 80}, GPT),
+    Case("opt", "OPT", base=OPT),
+    Case("opt-350m", "OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, OPT),
+    Case(
+        "opt-no-bias-untied",
+        "OPT",
+        {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"},
+        OPT,
+    ),
 ]
 
 
@@ -214,7 +310,7 @@ def checkpoint(case: Case) -> Path:
 def oracle(
     case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> transformers.PreTrainedModel:
-    """The case's model in transformers, with its eager attention."""
+    """The case's model in transformers."""
     return transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint(case), dtype=dtype, attn_implementation="eager"
+        checkpoint(case), dtype=dtype, attn_implementation=case.attention
     ).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from taut.config import alibi_slopes
 from taut.errors import ConfigError
 from taut.models import families, read_config
 
@@ -43,6 +44,20 @@ BAD = [
         {"model_type": "qwen2", "layer_types": ["full_attention", "linear"]},
         r"'layer_types'\[1\] is 'linear'; known: full_attention, sliding_attention",
     ),
+    ({"model_type": "gptj"}, r"'rotary_dim' is 64; expected an even number of at most 8"),
+    (
+        {"model_type": "codegen", "rotary_dim": 4, "num_attention_heads": 2},
+        r"'n_head' is 2; expected a multiple of 4",
+    ),
+    ({"model_type": "gpt2", "n_embd": 3.5}, r"'n_embd' is 3.5; expected an integer >= 1"),
+    (
+        {"model_type": "gpt_neo", "attention_types": [[["global"], 1]]},
+        r"describes the layers \['global'\]; expected 2",
+    ),
+    ({"model_type": "gpt_neo", "attention_types": ["global"]}, r"expected pairs of a list of kinds"),
+    ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, r"is 2; expected 1 without 'new_decoder_arch"),
+    ({"model_type": "mpt", "attn_config": {"qk_ln": True}}, r"attn_config: 'qk_ln' is True, which is not"),
+    ({"model_type": "phi", "tie_word_embeddings": True}, r"'tie_word_embeddings' is True, which is not"),
     (
         {"model_type": "gemma2", "sliding_window": None},
         r"'layer_types'\[0\] is 'sliding_attention', but 'sliding_window' is missing",
@@ -64,7 +79,12 @@ def test_a_config_must_be_an_object():
 @pytest.mark.parametrize("model_type", families())
 def test_the_least_a_config_must_say_is_enough_and_a_stray_key_is_reported(model_type):
     needed = {"sliding_window": 8} if model_type in ("gemma2", "gemma3_text") else {}
-    config = read_config(GOOD | needed | {"model_type": model_type, "flux": 1})
+    given = GOOD | needed | {"model_type": model_type, "flux": 1}
+    if model_type in ("bloom", "mpt"):  # four times the hidden size, always
+        del given["intermediate_size"]
+    if model_type in ("gptj", "codegen"):
+        given["rotary_dim"] = 4
+    config = read_config(given)
     assert config.unused == ("flux",)
     assert len(config.layers) == 2 and config.dim == 32
     assert config.hidden_size == 32  # what config.json says, under its own name
@@ -85,6 +105,21 @@ def test_older_and_newer_spellings_mean_the_same():
     }
     assert read_config(old) == read_config(new)
     assert read_config(old).dtype is torch.bfloat16 and read_config(old).unused == ()
+
+
+def test_a_family_may_call_keys_otherwise():
+    config = read_config(
+        {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "vocab_size": 9}
+    )
+    assert (config.dim, config.context, config.unused) == (32, 64, ())
+    assert config.hidden_size == config.n_embd == 32
+    assert config.layers[0].mlp.hidden == 128
+
+
+def test_slopes_of_alibi():
+    """Press et al. 2022: a geometric series from 2 ** (-8 / heads); six heads: that of 4, part of 8's."""
+    assert alibi_slopes(8) == tuple(2.0**-i for i in range(1, 9))
+    assert alibi_slopes(6) == (2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3)
 
 
 def test_unused_keys_of_a_section_are_reported_with_its_name():

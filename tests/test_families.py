@@ -144,7 +144,7 @@ def test_save_is_byte_identical_and_transformers_reads_it(case, tmp_path):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "third" / name).read_bytes()
     assert len(list((tmp_path / "twice").glob("*.safetensors"))) > 1
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "twice", attn_implementation="eager", output_loading_info=True
+        tmp_path / "twice", attn_implementation=case.attention, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     close(alone(model, rows(19)[0], "cpu"), alone(theirs, rows(19)[0], "cpu"))
@@ -171,14 +171,16 @@ def test_loss_and_gradients_equal_the_oracle(case, device):
     theirs.loss.backward()
     want = {name: param.grad.cpu() for name, param in reference.named_parameters()}
     # Some gradients are zero but for rounding: a key bias where nothing rotates moves no weight.
-    floor = 1e-4 * max(grad.abs().max() for grad in want.values())
+    floor = 1e-3 * max(grad.abs().max() for grad in want.values())
     seen = set()
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(param.grad)  # so that `store` gives gradients under the oracle's names
         for tensor in weights.store(model, rules(model.config)):
-            seen.add(tensor.name)
-            grad, expected = tensor.read().cpu(), want[tensor.name]
+            # GPT-NeoX's files call the head as no other family does, and transformers renames it on load.
+            name = "lm_head.weight" if tensor.name == "embed_out.weight" else tensor.name
+            seen.add(name)
+            grad, expected = tensor.read().cpu(), want[name]
             assert (grad - expected).abs().max() <= 2e-4 * max(expected.abs().max(), floor)
     assert seen == set(want)
 

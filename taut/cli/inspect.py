@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,17 +30,21 @@ from taut.tokenizer import AutoTokenizer
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 
 
+# What families call them; the first part with a word of the name has it.
+_WORDS = MappingProxyType(
+    {
+        "head": ("lm_head", "embed_out"),
+        "norms": ("norm", ".ln_", "layer_norm"),
+        "embedding": ("embed", "wte", "wpe", "project_in", "project_out"),
+        "attention": ("attn", "attention"),
+        "mlp": ("mlp", "ffn", ".fc1", ".fc2"),
+    }
+)
+
+
 def part_of(name: str) -> str:
     """Which of `PARTS` a tensor belongs to, by its Hugging Face name."""
-    if "norm" in name:
-        return "norms"
-    if "embed" in name:
-        return "embedding"
-    if "lm_head" in name:
-        return "head"
-    if "attn" in name:
-        return "attention"
-    return "mlp" if "mlp" in name else "other"
+    return next((part for part, words in _WORDS.items() if any(word in name for word in words)), "other")
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -86,8 +91,11 @@ def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
                 "head_dim": attn.head_dim,
                 "window": attn.window,
                 "rope": rope,
+                "alibi": attn.slopes is not None,
                 "mlp_hidden": mlp.hidden,
                 "activation": mlp.act,
+                "gated": mlp.gated,
+                "parallel": layer.parallel,
             }
         )
     return kinds
@@ -140,6 +148,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
             "layers": len(config.layers),
             "context": config.context,
             "tied_embeddings": config.tied,
+            "learned_positions": None if config.positions is None else config.positions.count,
             "bos_token_id": config.bos_token_id,
             "eos_token_ids": list(config.eos_token_ids),
             "pad_token_id": config.pad_token_id,
@@ -157,14 +166,16 @@ def _file_bytes(path: Path) -> int:
 
 def _layer_text(kind: dict[str, Any]) -> str:
     rope = kind["rope"]
-    turned = "no rotary embedding"
+    turned = "ALiBi" if kind["alibi"] else "no rotary embedding"
     if rope is not None:
         scaled = f", {rope['scaling']} scaling" if rope["scaling"] else ""
         partial = "" if rope["dim"] == kind["head_dim"] else f" of {rope['dim']} features"
         turned = f"rotary{partial}, theta {rope['theta']:g}{scaled}"
     seen = "full attention" if kind["window"] is None else f"window of {kind['window']} tokens"
     heads = f"{kind['heads']} heads of {kind['head_dim']}, {kind['kv_heads']} for keys"
-    return f"{kind['count']} x [{heads}; {seen}; {turned}; MLP {kind['mlp_hidden']}, {kind['activation']}]"
+    mlp = f"{'' if kind['gated'] else 'plain '}MLP {kind['mlp_hidden']}, {kind['activation']}"
+    beside = ", beside attention" if kind["parallel"] else ""
+    return f"{kind['count']} x [{heads}; {seen}; {turned}; {mlp}{beside}]"
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -186,7 +197,8 @@ def show(facts: dict[str, Any]) -> None:
     row("tensors", f"{sum(part['tensors'] for part in facts['parts'].values())}")
     row("size", f"{config['layers']} layers, dim {config['dim']}, vocabulary {config['vocab_size']}")
     row("layers", "\n".join(_layer_text(kind) for kind in config["layer_kinds"]))
-    row("context", f"{config['context']} tokens")
+    learned = ", a learned embedding of each position" if config["learned_positions"] else ""
+    row("context", f"{config['context']} tokens{learned}")
     row("head", "tied to the embedding" if config["tied_embeddings"] else "its own weight")
     eos = ", ".join(str(token) for token in config["eos_token_ids"]) or "none"
     row("token ids", f"bos {config['bos_token_id']}, eos {eos}, pad {config['pad_token_id']}")

@@ -59,10 +59,10 @@ def rotate_and_store(
     """Norm and rotate the query and key heads of a fused projection and write keys and values to the cache.
 
     `qkv` `[tokens, (heads + 2 * kv_heads) * head_dim]`: query, key, then value heads. `cos`, `sin` as
-    `rotate` takes them, as `interleaved`, None for no rotation. `keys`, `values` `[pages, page_size, kv_heads, head_dim]` are
-    written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is not written). `q_weight`,
-    `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps` and `offset`. Gives the
-    queries, `[tokens, heads, head_dim]`.
+    `rotate` takes them, as is `interleaved`, None for no rotation. `keys`, `values` `[pages, page_size,
+    kv_heads, head_dim]` are written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is not
+    written). `q_weight`, `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps` and
+    `offset`. Gives the queries, `[tokens, heads, head_dim]`.
     """
     split = qkv.unflatten(-1, (heads + 2 * kv_heads, keys.shape[-1]))
     qk, v = split[:, : heads + kv_heads], split[:, heads + kv_heads :]

@@ -9,9 +9,7 @@ from taut.config import Attn, Layer, Mlp, ModelConfig, Norm, Reader, Rope, activ
 from taut.weights import Rename
 
 # Llama calls the norm before the MLP after what it follows; the block calls it after what it precedes.
-RULES = (
-    Rename("model.layers.{}.post_attention_layernorm", "model.layers.{}.pre_feedforward_layernorm"),
-)
+RULES = (Rename("model.layers.{}.post_attention_layernorm", "model.layers.{}.pre_feedforward_layernorm"),)
 
 
 def read(r: Reader) -> ModelConfig:
@@ -65,7 +63,9 @@ def pre_norm_layers(
     if ropes is None and "rope" not in shared:
         shared["rope"] = rotary(r)
     pre = pre or norm(r)
-    feed = Mlp(r.int("intermediate_size"), act or activation(r, "hidden_act", default="silu"), **(mlp or {}))
+    feed = dict(mlp or {})
+    feed["hidden"] = feed.get("hidden") or r.int("intermediate_size")
+    feed["act"] = act or activation(r, "hidden_act", default="silu")
     layers = []
     for index in range(count):
         own = dict(shared)
@@ -73,5 +73,5 @@ def pre_norm_layers(
             own["window"] = windows[index]
         if ropes is not None:
             own["rope"] = ropes[index]
-        layers.append(Layer(Attn(**own), feed, pre_attn=pre, pre_mlp=pre))
+        layers.append(Layer(Attn(**own), Mlp(**feed), pre_attn=pre, pre_mlp=pre))
     return layers

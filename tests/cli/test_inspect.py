@@ -128,6 +128,13 @@ def test_no_weight_is_read(
         ("model.layers.3.post_attention_layernorm.weight", "norms"),
         ("model.layers.3.mlp.down_proj.bias", "mlp"),
         ("model.layers.3.rotary_emb.inv_freq", "other"),
+        ("transformer.wpe.weight", "embedding"),
+        ("transformer.h.3.ln_1.bias", "norms"),
+        ("transformer.word_embeddings_layernorm.weight", "norms"),
+        ("gpt_neox.layers.3.attention.dense.weight", "attention"),
+        ("transformer.blocks.3.ffn.up_proj.weight", "mlp"),
+        ("model.decoder.layers.3.fc1.weight", "mlp"),
+        ("embed_out.weight", "head"),
     ],
 )
 def test_part_of(name: str, part: str) -> None:
