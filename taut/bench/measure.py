@@ -171,7 +171,6 @@ def measure(
 
     def warm(subject: Subject, point: Point) -> None:
         _call(subject, case, inputs)()
-        release(device)
         above = peak(_call(subject, case, inputs), device)
         if above is not None:
             point.peak_bytes = subject.weights_bytes + above
@@ -185,7 +184,7 @@ def measure(
         point.samples.append(_sample(case, _call(subject, case, inputs), device))
 
     attempt(warm)
-    crowded = device.type == "cuda" and _total(points) > 0.8 * torch.cuda.mem_get_info(device)[1]
+    crowded = _crowded(running, device)
     if case.what == "memory":
         for _, point in running:
             if point.peak_bytes is None:
@@ -200,9 +199,12 @@ def measure(
     return points
 
 
-def _total(points: Sequence[Point]) -> int:
-    """Bytes that the subjects hold at most when each keeps what it once took."""
-    return sum(point.peak_bytes or 0 for point in points)
+def _crowded(running: Sequence[tuple[Subject, Point]], device: torch.device) -> bool:
+    """Whether a GPU has no room for what each subject took at its peak, all of it kept for its next run."""
+    if device.type != "cuda":
+        return False
+    kept = sum(point.peak_bytes - subject.weights_bytes for subject, point in running)
+    return torch.cuda.memory_allocated(device) + kept > 0.8 * torch.cuda.mem_get_info(device)[1]
 
 
 def _is_memory(error: Exception) -> bool:

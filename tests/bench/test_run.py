@@ -86,6 +86,22 @@ def test_a_folder_alone_on_all_logits(tmp_path: Path) -> None:
         measure_all(Options(model=str(tmp_path), what="forward", lengths="65", peers="none", device="cpu"))
 
 
+def test_a_peer_that_fails_is_reported_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = peers.Transformers.forward
+
+    def fail(self: peers.Transformers, inputs: Any) -> Any:
+        if self.name == "transformers eager":
+            raise RuntimeError("no such kernel")
+        return forward(self, inputs)
+
+    monkeypatch.setattr(peers.Transformers, "forward", fail)
+    result = taut(*TINY, "--what", "forward", "--lengths", "4", "--batches", "2", "--repeats", "1")
+    assert result.exit_code == 1
+    assert "transformers eager, forward 2 x 4: RuntimeError: no such kernel" in result.stdout
+    assert "transformers sdpa: scores within" in result.stdout
+    assert "transformers eager: scores" not in result.stdout
+
+
 # Parameters that the published models have.
 SIZES = {
     "llama-7b": 6_738_415_616,
