@@ -12,13 +12,18 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taut.errors import CheckpointError
+from taut.kernels.dispatch import device_refuses
 from taut.quant.base import Packed
+
+if TYPE_CHECKING:
+    from taut.kernels import packed_triton
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # scales in a block of the second quantization
@@ -40,6 +45,11 @@ def code_values(kind: str, device: torch.device) -> Tensor:
     """The values of the 16 codes, largest 1: float32 `[16]`."""
     values = torch.tensor(CODES[kind], dtype=torch.float32)
     return (values / values.abs().max()).to(device)
+
+
+@cache
+def _host_values(kind: str) -> tuple[float, ...]:
+    return tuple(code_values(kind, torch.device("cpu")).tolist())
 
 
 @cache
@@ -178,7 +188,48 @@ class Blockwise(Packed):
         spread = [t.repeat_interleave(NESTED)[:count] for t in (self.nested, self.offset)]
         return values.mul_(spread[0]).add_(spread[1])
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._refused(x) is None:
+            from taut.kernels import packed_triton
+
+            return packed_triton.product4(
+                x,
+                self.codes,
+                code_values(self.kind, x.device),
+                _host_values(self.kind),
+                self._kernel_scales(),
+                self.block,
+                self.out_features,
+                bias,
+            )
+        return super().product(x, bias)
+
+    def runs_on(self, x: Tensor) -> str:
+        why = self._refused(x)
+        return f"{self.kind}: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
+
+    def _refused(self, x: Tensor) -> str | None:
+        """Why the few-row kernels can't take `x`, or None."""
+        why = device_refuses(x.device)
+        if why is None:
+            from taut.kernels import packed_triton
+
+            why = packed_triton.refuses(x, self.block)
+        return why
+
+    def _kernel_scales(self) -> packed_triton.Scales:
+        from taut.kernels.packed_triton import Scales
+
+        if not self.double:
+            return Scales(self.absmax)
+        return Scales(self.absmax, scale_values(self.absmax.device), self.nested, self.offset)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
+        if device_refuses(self.codes.device) is None:
+            from taut.kernels.packed_triton import unpack4
+
+            values, shape = code_values(self.kind, self.codes.device), (self.out_features, self.in_features)
+            return unpack4(self.codes, values, self._kernel_scales(), self.block, shape, dtype)
         n = self.out_features * self.in_features
         words = _pairs(self.kind, self.codes.device).index_select(0, self.codes.int())
         values, scales = words.view(torch.float32), self.scales()

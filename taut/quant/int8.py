@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taut.errors import CheckpointError
+from taut.kernels.dispatch import device_refuses
 from taut.quant.base import Packed
 
 NAMES = ("SCB", "weight_format")
@@ -29,7 +30,8 @@ class Int8(Packed):
     A product of several rows quantizes each token's activations by its largest magnitude too, after taking
     out every column in which one of them reaches `threshold` (0: none); those columns are multiplied in the
     activations' own dtype and added. A single row is multiplied as it is by the int8 weights, which reads the
-    same bytes and is at least as exact.
+    same bytes and is at least as exact. So is every product on a GPU with Triton: its kernels take up to 64
+    rows, and more are a dense product of the unpacked weight, with no wait for a count of outliers.
 
     | buffer | shape |
     |---|---|
@@ -49,6 +51,10 @@ class Int8(Packed):
         return cls(*quantize_rows(weight.detach().half()), threshold)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
+        if device_refuses(self.values.device) is None:
+            from taut.kernels.packed_triton import unpack8
+
+            return unpack8(self.values, self.scale, dtype)
         # 1 / 127 in float32 first, as bitsandbytes has it.
         return (self.values.float() * (self.scale * (1 / 127))[:, None]).to(dtype)
 
@@ -63,6 +69,12 @@ class Int8(Packed):
         }
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if device_refuses(x.device) is None:
+            from taut.kernels import packed_triton
+
+            if packed_triton.refuses(x) is None:
+                return packed_triton.product8(x, self.values, self.scale, bias)
+            return super().product(x, bias)
         if x.shape[0] == 1:
             return self._one_row(x, bias)
         if x.shape[0] == 0:
@@ -78,6 +90,11 @@ class Int8(Packed):
         return (y if bias is None else y + bias).to(x.dtype)
 
     def runs_on(self, x: Tensor) -> str:
+        if device_refuses(x.device) is None:
+            from taut.kernels import packed_triton
+
+            why = packed_triton.refuses(x)
+            return f"int8: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
         if x.shape[0] > 1:
             return "int8: LLM.int8()"
         fast = x.device.type == "cpu" and x.dtype is torch.bfloat16
