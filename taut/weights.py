@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from taut.checkpoint import Deferred, LazyTensor
 from taut.errors import WeightsError, nearest
 from taut.layers.linear import Linear
-from taut.quant.base import Dense, Packed, join
-from taut.quant.stored import Packer
+from taut.quant.base import Dense, Packed, Reordered, join
+from taut.quant.stored import AsStored, Packer
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,9 @@ def load(
     it lives on the host) plus one slice. `progress(done, total)` is called with bytes of the finished model.
     """
     device, shapes = torch.device(device), _shapes(model)
-    pieces = layout(model, rules)
+    # A stored packed matrix is upright whatever way its dense one would lie.
+    upright = {name for name, packer in packers.items() if isinstance(packer, AsStored)}
+    pieces = [replace(p, transposed=p.transposed and p.disk not in upright) for p in layout(model, rules)]
     check(pieces, shapes, tensors, ignored)
     runs = _runs(pieces, _linear_pieces(model, pieces), packers)
     dense_pieces = [piece for piece in pieces if piece.param not in runs]
@@ -328,15 +330,24 @@ def _pack(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Packed:
-    """The matrix of one run of pieces, as its packer makes it, or dense where it has none."""
+    """The matrix of one run of pieces, as its packer makes it from the file's order, or dense where it has
+    none."""
+    rows = sum(p.rows for p in run)
+    order = torch.empty(rows, dtype=torch.int64)  # of each row of ours, its place in the file
+    for piece in run:
+        order[piece.start - run[0].start :][: piece.rows] = torch.arange(piece.rows) + piece.disk_start
+    order -= order.min()
 
     def read() -> Tensor:
-        whole = torch.empty(sum(p.rows for p in run), shape[1], dtype=dtype, device=device)
+        whole = torch.empty(rows, shape[1], dtype=dtype, device=device)
+        first = min(p.disk_start for p in run)
         for piece in run:
-            _fill(whole[piece.start - run[0].start :][: piece.rows], piece, source)
+            _fill(whole[piece.disk_start - first :][: piece.rows], piece, source)
         return whole
 
-    return Dense(read()) if packer is None else packer(source, read, device)
+    packed = Dense(read()) if packer is None else packer(source, read, device)
+    in_order = bool((order.diff() > 0).all())
+    return packed if in_order else Reordered(packed, order.to(device))
 
 
 def linears(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
@@ -360,7 +371,7 @@ def _runs(
 ) -> dict[str, list[list[Piece]]]:
     """For each `Linear` weight that has a packed matrix: its pieces, those of one disk tensor together.
 
-    A format packs a disk tensor as a whole, so it must lie in one weight, in its own order.
+    A format packs a disk tensor as a whole, so it must lie in one weight.
     """
     rows: dict[str, int] = {}
     for piece in pieces:
@@ -371,19 +382,15 @@ def _runs(
             continue
         runs: list[list[Piece]] = []
         for piece in own:
-            if (
-                runs
-                and runs[-1][0].disk == piece.disk
-                and runs[-1][-1].disk_start + runs[-1][-1].rows == piece.disk_start
-            ):
+            if runs and runs[-1][0].disk == piece.disk:
                 runs[-1].append(piece)
             else:
                 runs.append([piece])
         for run in runs:
-            whole = sum(piece.rows for piece in run) == rows[run[0].disk] and not run[0].disk_start
-            if run[0].disk in packers and (not whole or run[0].transposed):
+            whole = sum(piece.rows for piece in run) == rows[run[0].disk]
+            if run[0].disk in packers and not whole:
                 raise WeightsError(
-                    f"{run[0].disk} can't be packed: the model keeps its rows in another order or place "
+                    f"{run[0].disk} can't be packed: the model keeps its rows in more than one place "
                     f"({name}); name the module in llm_int8_skip_modules to leave it in 16 bit"
                 )
         out[name] = runs
@@ -420,7 +427,7 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     def assemble(group: list[Piece]) -> Tensor:
         parts = [p.view(dense(params[p.param])).cpu() for p in sorted(group, key=lambda p: p.disk_start)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return (whole.T if group[0].transposed else whole).contiguous()
+        return _flipped(whole, group[0].transposed)
 
     out = []
     for name, group in groups.items():
@@ -430,13 +437,19 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
                 Deferred(name, shape, params[group[0].param].dtype, lambda group=group: assemble(group))
             )
         elif unit.dense_on_disk:
-            out.append(Deferred(name, shape, dtype, lambda unit=unit: unit.dequantize(dtype).cpu()))
+            flip = group[0].transposed
+            make = lambda unit=unit, flip=flip: _flipped(unit.dequantize(dtype).cpu(), flip)  # noqa: E731
+            out.append(Deferred(name, shape, dtype, make))
         else:
             module = name.removesuffix(".weight")
             for suffix, tensor in unit.stored(dtype).items():
                 make = lambda tensor=tensor: tensor.cpu().contiguous()  # noqa: E731
                 out.append(Deferred(f"{module}.{suffix}", tuple(tensor.shape), tensor.dtype, make))
     return out
+
+
+def _flipped(whole: Tensor, flip: bool) -> Tensor:
+    return (whole.T if flip else whole).contiguous()
 
 
 def _units(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, Packed]:

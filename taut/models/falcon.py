@@ -65,7 +65,7 @@ def read(r: Reader) -> ModelConfig:
     context = r.int("max_position_embeddings", 2048)
     if alibi:
         # Trained with slopes in bfloat16, added before the scale.
-        slopes = torch.tensor(alibi_slopes(count)).bfloat16().tolist()
+        slopes = torch.tensor(alibi_slopes(count), device="cpu").bfloat16().tolist()
         attn["slopes"] = tuple(slope * heads(r)["scale"] for slope in slopes)
         r.ignore("rope_parameters", "rope_scaling", "rope_theta")
     else:

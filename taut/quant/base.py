@@ -174,6 +174,29 @@ class Stack(Packed):
         return [unit for part in self.parts for unit in part.units()]
 
 
+class Reordered(Stack):
+    """A matrix in the order that its file has, whose outputs the model takes in another: output i is row
+    `order[i]`, int64 `[out_features]`."""
+
+    kind = "reordered"
+
+    def __init__(self, whole: Packed, order: Tensor):
+        super().__init__([whole])
+        self.compute = whole.compute
+        self.register_buffer("order", order)
+        self.register_buffer("inverse", order.argsort())
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return super().dequantize(dtype)[self.order]
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = super().product(x, None).index_select(-1, self.order)
+        return y if bias is None else y + bias
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        return super().input_gradient(grad.index_select(-1, self.inverse))
+
+
 def join(units: Sequence[Packed]) -> Packed:
     """One module for matrices stacked along the output, in as few buffers as their formats allow."""
     groups: list[list[Packed]] = []

@@ -119,10 +119,10 @@ class BitsAndBytesConfig:
         wanted = self.bnb_4bit_compute_dtype
         return None if not self.load_in_4bit or wanted is torch.float32 else wanted
 
-    def skips(self, module: str, head: str = "lm_head") -> bool:
+    def skips(self, module: str, heads: tuple[str, ...] = ("lm_head", "embed_out")) -> bool:
         """Whether the module of this name stays in 16 bit."""
         if self.llm_int8_skip_modules is None:
-            return module == head
+            return module in heads
         return any(_matches(pattern, module) for pattern in self.llm_int8_skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
