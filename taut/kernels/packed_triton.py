@@ -1,7 +1,8 @@
-"""Triton kernels of packed weights: few-row products with NF4, FP4 and int8, and unpacking to 16 bit.
+"""Triton kernels of packed weights: one row by NF4 and FP4, up to 64 by int8, and unpacking to 16 bit.
 
-Codes are read once and stay in registers; a block's scale multiplies the block's part of the sum, not its
-values, where the product is not on tensor cores. Scales that are codes themselves are decoded in the kernel.
+A 4-bit block's scale multiplies the block's part of the sum, not its values; scales that are codes themselves
+are decoded in the kernel. More rows than these are dense products of the unpacked weight: on an H100, 8 rows
+by 4 bits on tensor cores took three times as long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_ROWS = 64  # beyond, a dense product of the unpacked weight is as fast
+MAX_ROWS = 64  # of int8; 4-bit codes: one
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ def _one_row4(
         half = start // 2 + tl.arange(0, BK // 2)
         inside = (n < outputs)[:, None] & (half < inputs // 2)[None, :]
         packed = tl.load(codes + row * (inputs // 2) + half[None, :], mask=inside, other=0)
-        even = tl.load(x + 2 * half, mask=half < inputs // 2, other=0.0).to(tl.float32)
-        odd = tl.load(x + 2 * half + 1, mask=half < inputs // 2, other=0.0).to(tl.float32)
+        k = start + tl.arange(0, BK)
+        pairs = tl.load(x + k, mask=k < inputs, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(pairs, (BK // 2, 2)))
         high, low = _decode(packed, values, ASM)
         part = high * even[None, :] + low * odd[None, :]
         sums = tl.sum(tl.reshape(part, (BN, BK // BLOCK, BLOCK // 2)), 2)  # [BN, BK / BLOCK]
@@ -104,38 +106,6 @@ def _one_row4(
     if BIAS:
         acc += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
     tl.store(y + n, acc, mask=n < outputs)
-
-
-@triton.jit
-def _few_rows4(
-    x, codes, values, absmax, scale_table, nested, offset, bias, y, rows, outputs, inputs,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, BIAS: tl.constexpr, ASM: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.arange(0, BM)
-    row = n.to(tl.int64)[:, None]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, inputs, BK):
-        half = start // 2 + tl.arange(0, BK // 2)
-        inside = (n < outputs)[:, None] & (half < inputs // 2)[None, :]
-        packed = tl.load(codes + row * (inputs // 2) + half[None, :], mask=inside, other=0)
-        block = start // BLOCK + tl.arange(0, BK // BLOCK)
-        known = (n < outputs)[:, None] & (block < inputs // BLOCK)[None, :]
-        at = row * (inputs // BLOCK) + block[None, :]
-        scale = _scale(absmax, scale_table, nested, offset, at, known, DOUBLE)
-        spread = tl.broadcast_to(scale[:, :, None], (BN, BK // BLOCK, BLOCK // 2))
-        spread = tl.reshape(spread, (BN, BK // 2))
-        there = (m < rows)[:, None] & (half < inputs // 2)[None, :]
-        even = tl.load(x + m[:, None] * inputs + 2 * half[None, :], mask=there, other=0.0)
-        odd = tl.load(x + m[:, None] * inputs + 2 * half[None, :] + 1, mask=there, other=0.0)
-        high, low = _decode(packed, values, ASM)
-        acc = tl.dot(even, tl.trans((high * spread).to(even.dtype)), acc)
-        acc = tl.dot(odd, tl.trans((low * spread).to(even.dtype)), acc)
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    there = (m < rows)[:, None] & (n < outputs)[None, :]
-    tl.store(y + m[:, None] * outputs + n[None, :], acc, mask=there)
 
 
 @triton.jit
@@ -205,11 +175,12 @@ def _unpack8(values, scale, out, inputs, SIZE: tl.constexpr):
 
 
 def refuses(x: Tensor, block: int | None = None) -> str | None:
-    """Why the few-row products can't take `x` `[rows, inputs]` (with 4-bit blocks of `block`), or None."""
+    """Why these products can't take `x` `[rows, inputs]`, None if they can; `block` for 4-bit codes."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    if not 0 < x.shape[0] <= MAX_ROWS:
-        return f"wants 1 to {MAX_ROWS} rows, not {x.shape[0]}; more are dense products of the unpacked weight"
+    most = MAX_ROWS if block is None else 1
+    if not 0 < x.shape[0] <= most:
+        return f"takes up to {most} row{'s' * (most > 1)}, not {x.shape[0]}"
     if block is not None and (x.shape[1] % block or block > 1024):
         return f"wants rows of whole blocks, of at most 1024; inputs are {x.shape[1]} in blocks of {block}"
     return None
@@ -225,27 +196,19 @@ def product4(
     outputs: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """`x W^T + bias` `[rows, outputs]` for 1 to 64 rows of `x` `[rows, inputs]`; `codes` uint8
+    """`x W^T + bias` `[1, outputs]` for one row `x` `[1, inputs]`; `codes` uint8
     `[outputs * inputs / 2]`, the first of a pair in the high half, into `values` float32 `[16]`, which are
     `host` too. A GPU rounds the values to float16. Sums are float32. For what `refuses` accepts; no
     gradients."""
     x = x.contiguous()
-    rows, inputs = x.shape
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    given = (scales.absmax, scales.table, scales.nested, scales.offset, bias, y)
-    options = {"BLOCK": block, "DOUBLE": scales.table is not None, "BIAS": bias is not None}
-    options["ASM"] = _decoder(host) if x.is_cuda else ""  # the interpreter knows no PTX
-    if rows == 1:
-        bn, bk = (8, 1024) if block <= 1024 else (8, block)
-        grid = (triton.cdiv(outputs, bn),)
-        _one_row4[grid](x, codes, values, *given, outputs, inputs, **options, BN=bn, BK=bk, num_warps=4)
-        return y
-    bm = max(16, triton.next_power_of_2(rows))
-    bn, bk = (32 if bm < 64 else 64), max(128, block)
-    grid = (triton.cdiv(outputs, bn),)
-    _few_rows4[grid](
-        x, codes, values, *given, rows, outputs, inputs, **options, BM=bm, BN=bn, BK=bk, num_warps=4
-    )
+    inputs = x.shape[1]
+    y = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
+    asm = _decoder(host) if x.is_cuda else ""  # the interpreter knows no PTX
+    _one_row4[(triton.cdiv(outputs, 2),)](
+        x, codes, values, scales.absmax, scales.table, scales.nested, scales.offset, bias, y, outputs, inputs,
+        BLOCK=block, DOUBLE=scales.table is not None, BIAS=bias is not None, ASM=asm,
+        BN=2, BK=1024, num_warps=1,
+    )  # fmt: skip
     return y
 
 

@@ -206,10 +206,10 @@ class Blockwise(Packed):
 
     def runs_on(self, x: Tensor) -> str:
         why = self._refused(x)
-        return f"{self.kind}: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
+        return f"{self.kind}: {'kernel' if why is None else f'unpacked, then dense ({why})'}"
 
     def _refused(self, x: Tensor) -> str | None:
-        """Why the few-row kernels can't take `x`, or None."""
+        """Why the kernels can't take `x`, or None."""
         why = device_refuses(x.device)
         if why is None:
             from taut.kernels import packed_triton
