@@ -21,6 +21,7 @@ class PagedKV:
     | `lengths` | `[rows]` int32 | keys each row holds once this batch's keys are written |
     | `slots` | `[tokens]` int64 | where each new key goes: `page * page_size + offset` |
     | `longest` | int | largest of `lengths`, on the host |
+    | `first` | int or None | a lone row whose pages lie one after the other: the first of them, on the host |
     """
 
     keys: tuple[Tensor, ...]
@@ -29,6 +30,7 @@ class PagedKV:
     lengths: Tensor
     slots: Tensor
     longest: int
+    first: int | None = None
 
     @property
     def page_size(self) -> int:

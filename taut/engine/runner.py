@@ -121,7 +121,11 @@ class Runner:
                 sampled += 1
         starts[count] = at
         ids, slots, last, positions, starts, lengths, totals, table = _split(self._send(host), parts)
-        kv = PagedKV(self.keys, self.values, table.view(count, width), lengths, slots, longest)
+        first = None
+        if count == 1:
+            pages = rows[0].request.pages[:width]
+            first = pages[0] if pages == list(range(pages[0], pages[0] + width)) else None
+        kv = PagedKV(self.keys, self.values, table.view(count, width), lengths, slots, longest, first)
         return Batch(ids, positions, starts, widest, kv=kv, totals=totals), last
 
     def _host(self, size: int) -> Tensor:

@@ -43,13 +43,26 @@ class Scoring:
 class Pages:
     """Keys and values in cache pages: `keys`, `values` `[pages, page_size, kv_heads, head_dim]`, `table`
     `[rows, max_pages]` the page numbers of each row, `lengths` `[rows]` keys a row, `longest` their host
-    maximum. A row's queries are the last of its positions."""
+    maximum. A row's queries are the last of its positions. `first`: where there is one row and its pages lie
+    one after the other, the first of them, on the host."""
 
     keys: Tensor
     values: Tensor
     table: Tensor
     lengths: Tensor
     longest: int
+    first: int | None = None
+
+    def row(self, row: int, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` keys and values of a row, `[count, kv_heads, head_dim]`; views where they lie
+        together."""
+        used = -(-count // self.keys.shape[1])
+        if self.first is not None:
+            place = slice(self.first, self.first + used)
+            return self.keys[place].flatten(0, 1)[:count], self.values[place].flatten(0, 1)[:count]
+        table = self.table[row, :used]
+        k, v = self.keys.index_select(0, table), self.values.index_select(0, table)
+        return k.flatten(0, 1)[:count], v.flatten(0, 1)[:count]
 
 
 def write_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
@@ -100,6 +113,11 @@ def explain(
     return [(name, _refusal(name, c, q, longest, scoring, pages, only)) for name, c in CANDIDATES.items()]
 
 
+# PyTorch's own switches, which `sdpa_kernel` sets, by the kind of attention they allow.
+BACKENDS: Mapping[str, Callable[[], bool]] = MappingProxyType(
+    {"flash": torch.backends.cuda.flash_sdp_enabled, "math": torch.backends.cuda.math_sdp_enabled}
+)
+
 # The candidates that `attention_kernel` allows in this context; None for all.
 _allowed: ContextVar[tuple[str, ...] | None] = ContextVar("taut_attention_kernel", default=None)
 
@@ -123,8 +141,7 @@ def attention_kernel(*names: str) -> Iterator[None]:
 
 def restrictions() -> tuple[object, ...]:
     """What restricts the candidates in this context, as a key for whatever is made under it."""
-    backends = {c.backend for c in CANDIDATES.values() if c.backend is not None}
-    return _allowed.get(), *(getattr(torch.backends.cuda, f"{b}_sdp_enabled")() for b in sorted(backends))
+    return _allowed.get(), *(enabled() for enabled in BACKENDS.values())
 
 
 def _refusal(
@@ -139,10 +156,7 @@ def _refusal(
     for allowed in (only, _allowed.get()):
         if allowed is not None and name not in allowed:
             return f"not among the implementations asked for ({', '.join(allowed)})"
-    if (
-        candidate.backend is not None
-        and not getattr(torch.backends.cuda, f"{candidate.backend}_sdp_enabled")()
-    ):
+    if candidate.backend is not None and not BACKENDS[candidate.backend]():
         return f"PyTorch's sdpa_kernel leaves {candidate.backend} attention out"
     return candidate.refuse(q, longest, scoring, pages)
 
@@ -159,13 +173,7 @@ def _rows(
         if pages is None:
             yield q[begin:end], k[begin:end], v[begin:end]
         else:
-            count = lengths[row]
-            table = pages.table[row, : -(-count // pages.keys.shape[1])]
-            yield (
-                q[begin:end],
-                pages.keys.index_select(0, table).flatten(0, 1)[:count],
-                pages.values.index_select(0, table).flatten(0, 1)[:count],
-            )
+            yield q[begin:end], *pages.row(row, lengths[row])
 
 
 def _visible(queries: int, keys: int, scoring: Scoring, device: torch.device) -> Tensor | None:
@@ -261,12 +269,16 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
     read once and never repeated."""
     rows, heads, dim = q.shape
     size, kv_heads = pages.keys.shape[1:3]
-    used = -(-pages.longest // size)
-    table = pages.table[:, :used].flatten()
-    k, v = (
-        t.index_select(0, table).view(rows, used * size, kv_heads, dim)[:, : pages.longest].transpose(1, 2)
-        for t in (pages.keys, pages.values)
-    )
+    if rows == 1:
+        k, v = (t.unsqueeze(0) for t in pages.row(0, pages.longest))
+    else:
+        used = -(-pages.longest // size)
+        table = pages.table[:, :used].flatten()
+        k, v = (
+            t.index_select(0, table).view(rows, used * size, kv_heads, dim)[:, : pages.longest]
+            for t in (pages.keys, pages.values)
+        )
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     bias = None
     # On a GPU `longest` may be a bound that a graph was made for, so that even one row needs its mask.
     if rows > 1 or q.is_cuda or scoring.slopes is not None or scoring.window is not None:

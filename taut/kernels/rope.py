@@ -60,9 +60,9 @@ def rotate_and_store(
 
     `qkv` `[tokens, (heads + 2 * kv_heads) * head_dim]`: query, key, then value heads. `cos`, `sin` as
     `rotate` takes them, as is `interleaved`, None for no rotation. `keys`, `values` `[pages, page_size,
-    kv_heads, head_dim]` are written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is not
-    written). `q_weight`, `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps` and
-    `offset`. Gives the queries, `[tokens, heads, head_dim]`.
+    kv_heads, head_dim]` are written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is
+    not written). `q_weight`, `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps`
+    and `offset`. Gives the queries, `[tokens, heads, head_dim]`.
     """
     split = qkv.unflatten(-1, (heads + 2 * kv_heads, keys.shape[-1]))
     qk, v = split[:, : heads + kv_heads], split[:, heads + kv_heads :]
@@ -72,10 +72,11 @@ def rotate_and_store(
     if cos is not None:
         qk = rotate(qk, cos, sin, interleaved)
     q, k = qk[:, :heads], qk[:, heads:]
-    if (kept := slots >= 0).all():
+    if slots.is_cpu and min(slots.tolist(), default=0) >= 0:
         keys.flatten(0, 1).index_copy_(0, slots, k)
         values.flatten(0, 1).index_copy_(0, slots, v)
     else:
+        kept = slots >= 0
         keys.flatten(0, 1).index_copy_(0, slots[kept], k[kept])
         values.flatten(0, 1).index_copy_(0, slots[kept], v[kept])
     return q

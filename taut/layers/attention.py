@@ -51,7 +51,9 @@ class Attention(nn.Module):
             q, k, v = self._heads(qkv, rotation)
         else:
             kv = batch.kv
-            pages = Pages(kv.keys[self.index], kv.values[self.index], kv.pages, kv.lengths, kv.longest)
+            pages = Pages(
+                kv.keys[self.index], kv.values[self.index], kv.pages, kv.lengths, kv.longest, kv.first
+            )
             q = self._store(qkv, rotation, pages, kv.slots)
         if self.scoring.slopes is not None and self.scoring.slopes.device != q.device:
             self.scoring = replace(self.scoring, slopes=self.scoring.slopes.to(q.device))
