@@ -185,7 +185,7 @@ def with_prefix(tensors: Mapping[str, LazyTensor], expected: Iterable[str]) -> M
     """`tensors` under the names `expected`, where a file saved without a head leaves out the first word of
     each: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
     expected = set(expected)
-    words = {name.split(".", 1)[0] for name in expected if not name.startswith("lm_head.")}
+    words = {name.split(".", 1)[0] for name in expected if name.count(".") > 1}  # the head has two
     if len(words) != 1 or any(name.split(".", 1)[0] in words for name in tensors):
         return tensors
     word = words.pop()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from taut import AutoModelForCausalLM, weights
+from taut.errors import RequestError
 from taut.models import families, rules
 from tests.families import CASES, CONTEXT, VOCAB, Case, checkpoint, oracle
 
@@ -148,6 +149,31 @@ def test_save_is_byte_identical_and_transformers_reads_it(case, tmp_path):
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     close(alone(model, rows(19)[0], "cpu"), alone(theirs, rows(19)[0], "cpu"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "gptj", "gpt-neo", "bloom", "opt", "llama"])
+def test_older_files_load_too(name, tmp_path):
+    """Names without their first word, masks among the weights: as the first checkpoints on the Hub are."""
+    from safetensors.torch import load_file, save_file
+
+    case = next(case for case in CASES if case.name == name)
+    tensors = load_file(checkpoint(case) / "model.safetensors")
+    prefix = next(n.split(".")[0] for n in tensors if ".0." in n)
+    masks = {"gpt2": "attn.bias", "gpt-neox": "attention.bias", "gptj": "attn.masked_bias"}
+    masks |= {"gpt-neo": "attn.attention.masked_bias"}
+    if name in masks:
+        block = next(n.split(".0.")[0] for n in tensors if ".0." in n)
+        tensors[f"{block}.0.{masks[name]}"] = torch.ones(1, 1, 4, 4)
+    save_file({n.removeprefix(f"{prefix}."): t for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoint(case) / "config.json").read_bytes())
+    older = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(alone(older, rows(9)[0], "cpu"), alone(load(case), rows(9)[0], "cpu"))
+
+
+def test_a_row_longer_than_the_learned_positions_is_refused():
+    model = load(next(case for case in CASES if case.name == "opt"))
+    with pytest.raises(RequestError, match="a row has 65 tokens, and the model has learned 64 positions"):
+        model(torch.ones(1, CONTEXT + 1, dtype=torch.int64))
 
 
 @every_case
