@@ -66,6 +66,8 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x W^T + bias`, `[..., in_features] -> [..., out_features]`; gradients flow to `x` and `bias`."""
+        if x.dim() == 2 and self.compute is None and not torch.is_grad_enabled():
+            return self.product(x, bias)  # a decode step is many of these
         dtype = x.dtype
         flat = x.reshape(-1, self.in_features)
         if self.compute is not None and self.compute is not dtype:

@@ -44,6 +44,7 @@ class Int8(Packed):
     def __init__(self, values: Tensor, scale: Tensor, threshold: float):
         super().__init__(values.shape[0], values.shape[1], {"values": values, "scale": scale})
         self.threshold = threshold
+        self.steps: Tensor | None = None  # while prepared: the scales as PyTorch's 8-bit product takes them
 
     @classmethod
     def pack(cls, weight: Tensor, threshold: float) -> Int8:
@@ -100,6 +101,13 @@ class Int8(Packed):
         fast = x.device.type == "cpu" and x.dtype is torch.bfloat16
         return "int8: PyTorch's 8-bit product" if fast else super().runs_on(x)
 
+    def prepare(self) -> None:
+        if self.scale.device.type == "cpu":
+            self.steps = (self.scale * (1 / 127)).bfloat16()
+
+    def restore(self) -> None:
+        self.steps = None
+
     def _outliers(self, x: Tensor) -> Tensor | None:
         """Columns of `x` that reach the threshold, or None."""
         if self.threshold <= 0:
@@ -109,7 +117,8 @@ class Int8(Packed):
 
     def _one_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type == "cpu" and x.dtype is torch.bfloat16:
-            y = torch._weight_int8pack_mm(x, self.values, (self.scale * (1 / 127)).to(x.dtype))
+            scale = (self.scale * (1 / 127)).to(x.dtype) if self.steps is None else self.steps
+            y = torch._weight_int8pack_mm(x, self.values, scale)
             return y if bias is None else y + bias
         return F.linear(x, self.dequantize(x.dtype), bias)
 
