@@ -92,7 +92,7 @@ def test_every_family_computes_with_its_packed_weights(case, name):
     for length in (1, 14):
         want = logits(dense, prompt(length))
         if name == "int8" and length > 1:  # activations are in 8 bits too
-            assert off(logits(model, prompt(length)), want) < 0.06
+            assert off(logits(model, prompt(length)), want) < 0.1
         else:
             close(logits(model, prompt(length)), want)
 
