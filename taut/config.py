@@ -149,13 +149,27 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """Mixture of experts: gated MLPs of `hidden`, of which each token is given to the `chosen` best of
+    `experts`, weighted by the router's softmax (`normalised`: over the chosen alone); and a gated MLP of
+    `shared`, under a gate of its own, that all tokens pass."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    act: str
+    normalised: bool = False
+    shared: int | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """One block: `x = after(x + scale * post(attn(pre(x))))`, then the same with the MLP; a missing norm is
     the identity. `parallel`: attention and MLP both read the x that enters, and add to it; without a
     `pre_mlp` the MLP reads what `pre_attn` gives."""
 
     attn: Attn
-    mlp: Mlp
+    mlp: Mlp | Moe
     pre_attn: Norm | None
     pre_mlp: Norm | None
     post_attn: Norm | None = None

@@ -45,6 +45,7 @@ MPT = IDS | {"d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": CONTEXT}
 GPT = IDS | {"n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": CONTEXT}
 NEO = IDS | {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "max_position_embeddings": CONTEXT}
 NEO |= {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 5}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 OPT = FALCON | {"ffn_dim": 80}
 
 
@@ -209,6 +210,26 @@ CASES = [
             "final_logit_softcapping": 4.0,
         },
     ),
+    Case("mixtral", "Mixtral", {"num_local_experts": 4, "sliding_window": 5}),
+    Case(
+        "mixtral-tied", "Mixtral", {"num_local_experts": 3, "hidden_act": "gelu", "tie_word_embeddings": True}
+    ),
+    Case("qwen2-moe", "Qwen2Moe", MOE | {"shared_expert_intermediate_size": 32}),
+    Case(
+        "qwen2-moe-some-layers",
+        "Qwen2Moe",
+        MOE
+        | {
+            "shared_expert_intermediate_size": 32,
+            "mlp_only_layers": [0],
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    Case("qwen3-moe", "Qwen3Moe", MOE | {"head_dim": 20, "norm_topk_prob": True}),
+    Case("qwen3-moe-some-layers", "Qwen3Moe", MOE | {"decoder_sparse_step": 2, "attention_bias": True}),
     Case("phi", "Phi"),
     Case("phi-head-norms", "Phi", {"qk_layernorm": True, "hidden_act": "gelu"}),
     Case("gpt-neox", "GPTNeoX", base=NEOX),

@@ -57,6 +57,10 @@ BAD = [
     ({"model_type": "gpt_neo", "attention_types": ["global"]}, r"expected pairs of a list of kinds"),
     ({"model_type": "falcon", "num_ln_in_parallel_attn": 2}, r"is 2; expected 1 without 'new_decoder_arch"),
     ({"model_type": "mpt", "attn_config": {"qk_ln": True}}, r"attn_config: 'qk_ln' is True, which is not"),
+    (
+        {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+        r"'num_experts_per_tok' is 3; expected at most 2",
+    ),
     ({"model_type": "phi", "tie_word_embeddings": True}, r"'tie_word_embeddings' is True, which is not"),
     (
         {"model_type": "gemma2", "sliding_window": None},
@@ -84,6 +88,10 @@ def test_the_least_a_config_must_say_is_enough_and_a_stray_key_is_reported(model
         del given["intermediate_size"]
     if model_type in ("gptj", "codegen"):
         given["rotary_dim"] = 4
+    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        given |= {"num_experts": 4, "num_experts_per_tok": 2}
+    if model_type in ("qwen2_moe", "qwen3_moe"):
+        given["moe_intermediate_size"] = 16
     config = read_config(given)
     assert config.unused == ("flux",)
     assert len(config.layers) == 2 and config.dim == 32

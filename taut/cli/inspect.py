@@ -20,7 +20,7 @@ from rich.text import Text
 
 from taut.checkpoint import Checkpoint, open_checkpoint
 from taut.cli.facts import Facts, human_bytes, human_count
-from taut.config import ModelConfig
+from taut.config import ModelConfig, Moe
 from taut.errors import TautError
 from taut.hub import default_model, resolve
 from taut.modeling import _device, _dtype
@@ -94,7 +94,8 @@ def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
                 "alibi": attn.slopes is not None,
                 "mlp_hidden": mlp.hidden,
                 "activation": mlp.act,
-                "gated": mlp.gated,
+                "gated": getattr(mlp, "gated", True),
+                "experts": [mlp.chosen, mlp.experts] if isinstance(mlp, Moe) else None,
                 "parallel": layer.parallel,
             }
         )
@@ -174,6 +175,9 @@ def _layer_text(kind: dict[str, Any]) -> str:
     seen = "full attention" if kind["window"] is None else f"window of {kind['window']} tokens"
     heads = f"{kind['heads']} heads of {kind['head_dim']}, {kind['kv_heads']} for keys"
     mlp = f"{'' if kind['gated'] else 'plain '}MLP {kind['mlp_hidden']}, {kind['activation']}"
+    if kind["experts"]:
+        chosen, count = kind["experts"]
+        mlp = f"{chosen} of {count} experts, each an {mlp}"
     beside = ", beside attention" if kind["parallel"] else ""
     return f"{kind['count']} x [{heads}; {seen}; {turned}; {mlp}{beside}]"
 

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from taut.engine.graph import DecodeGraph, Pending
+from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Request
 from taut.engine.runner import Runner
 from taut.engine.sampler import Sampler
 from taut.engine.scheduler import Scheduler, Work
 from taut.errors import NumericsError, RequestError, TautError
-from taut.kernels.dispatch import device_refuses
 
 DEFAULT_CACHE_BYTES = 1 << 30
 
@@ -75,7 +74,7 @@ class Engine:
         )
         self.runner = Runner(model, page_size, num_pages)
         self.sampler = Sampler() if sampler is None else sampler
-        graphable = device_refuses(self.runner.device) is None
+        graphable = refuses(model) is None
         # Decode steps as graphs, with one step under way while the host reads the one before.
         self.graphs = DecodeGraph(self.runner) if sampler is None and graphable else None
         self._under_way: Pending | None = None

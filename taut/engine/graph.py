@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from taut.batch import Batch, PagedKV
+from taut.config import Moe
 from taut.engine.request import Request
 from taut.engine.runner import Runner
 from taut.engine.scheduler import Work
@@ -31,6 +32,8 @@ def refuses(model) -> str | None:
     if (why := device_refuses(torch.device(model.device))) is not None:
         return why
     for block in model.decoder.layers:
+        if isinstance(block.config.mlp, Moe):
+            return f"layer {block.self_attn.index} waits to know how many tokens each expert has"
         attn = block.self_attn
         q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=model.dtype, device=model.device)
         if (why := triton_refuses(q)) is not None:

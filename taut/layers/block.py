@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from taut.batch import Batch
-from taut.config import Layer, ModelConfig
+from taut.config import Layer, Mlp, ModelConfig, Moe
 from taut.config import Norm as NormConfig
 from taut.layers.attention import Attention
 from taut.layers.embedding import Embedding, PositionEmbedding
 from taut.layers.linear import Linear
 from taut.layers.mlp import GatedMlp, PlainMlp
+from taut.layers.moe import MoeMlp
 from taut.layers.norm import Norm
 from taut.layers.rope import Rotary
 
@@ -34,7 +35,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = norm(layer.post_attn)
         self.after_attention_layernorm = norm(layer.after_attn)
         self.pre_feedforward_layernorm = norm(layer.pre_mlp)
-        self.mlp = (GatedMlp if layer.mlp.gated else PlainMlp)(layer.mlp, dim, dtype=dtype)
+        self.mlp = _mlp_of(layer.mlp)(layer.mlp, dim, dtype=dtype)
         self.post_feedforward_layernorm = norm(layer.post_mlp)
         self.after_feedforward_layernorm = norm(layer.after_mlp)
 
@@ -64,6 +65,12 @@ class Block(nn.Module):
             return self.mlp(n, residual=attend(n, residual=x))
         attended = attend(x, norm=self.input_layernorm, residual=x)
         return self.mlp(x, norm=self.pre_feedforward_layernorm, residual=attended)
+
+
+def _mlp_of(config: Mlp | Moe) -> type[nn.Module]:
+    if isinstance(config, Moe):
+        return MoeMlp
+    return GatedMlp if config.gated else PlainMlp
 
 
 class Decoder(nn.Module):

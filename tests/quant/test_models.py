@@ -19,7 +19,8 @@ from taut import AutoModelForCausalLM, BitsAndBytesConfig, weights
 from taut.checkpoint import Deferred
 from taut.errors import CheckpointError, ConfigError, RequestError, TautError
 from taut.layers.linear import Linear
-from taut.models import rules
+from taut.modeling import CausalLM
+from taut.models import read_config, rules
 from taut.quant.stored import Quantize
 from tests.families import CASES, TINY, VOCAB, checkpoint
 
@@ -92,7 +93,8 @@ def test_every_family_computes_with_its_packed_weights(case, name):
     for length in (1, 14):
         want = logits(dense, prompt(length))
         if name == "int8" and length > 1:  # activations are in 8 bits too
-            assert off(logits(model, prompt(length)), want) < 0.1
+            # Where experts are chosen, a rounded score may choose another.
+            assert off(logits(model, prompt(length)), want) < (0.12 if "moe" in case.name else 0.06)
         else:
             close(logits(model, prompt(length)), want)
 
@@ -408,14 +410,12 @@ def test_a_config_that_promises_packed_weights_is_held_to_it(saved, tmp_path):
 
 def test_every_name_a_checkpoint_gives_its_linear_layers_is_known():
     for case in CASES:
+        given = read_config(json.loads((checkpoint(case) / "config.json").read_text()))
         with torch.device("meta"):
-            from taut.modeling import CausalLM
-            from taut.models import read_config
-
-            model = CausalLM(read_config(json.loads((checkpoint(case) / "config.json").read_text())))
+            model = CausalLM(given)
         names = weights.linears(model, rules(model.config))
         stored = load_file(checkpoint(case) / "model.safetensors")
-        tables = ("embed", "wte", "wpe", "norm")
+        tables = ("embed", "wte", "wpe", "norm", ".gate.")  # a router is no linear layer
         want = {n for n, t in stored.items() if t.ndim == 2 and not any(word in n for word in tables)}
         want |= {"embed_out.weight"} & stored.keys()
         assert set(names) == want
