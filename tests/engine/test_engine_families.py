@@ -31,6 +31,12 @@ CONFIGS = {
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 3.0,
     },
+    "alibi, norm behind the embedding": {"model_type": "bloom", "tie_word_embeddings": False},
+    "learned positions, one key head": {"model_type": "gpt_bigcode"},
+    "parallel, interleaved": {"model_type": "gptj", "rotary_dim": 4},
+    "parallel, head norms": {"model_type": "cohere", "use_qk_norm": True},
+    "norm over all heads": {"model_type": "olmo2"},
+    "experts": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "longrope": {
         "model_type": "phi3",
         "original_max_position_embeddings": 16,
