@@ -37,7 +37,7 @@ _WORDS = MappingProxyType(
         "norms": ("norm", ".ln_", "layer_norm"),
         "embedding": ("embed", "wte", "wpe", "project_in", "project_out"),
         "attention": ("attn", "attention"),
-        "mlp": ("mlp", "ffn", ".fc1", ".fc2"),
+        "mlp": ("mlp", "ffn", ".fc1", ".fc2", "moe"),
     }
 )
 

@@ -135,6 +135,7 @@ def test_no_weight_is_read(
         ("transformer.blocks.3.ffn.up_proj.weight", "mlp"),
         ("model.decoder.layers.3.fc1.weight", "mlp"),
         ("embed_out.weight", "head"),
+        ("model.layers.3.block_sparse_moe.experts.0.w1.weight", "mlp"),
     ],
 )
 def test_part_of(name: str, part: str) -> None:
