@@ -279,6 +279,10 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
             for t in (pages.keys, pages.values)
         )
     k, v = k.transpose(1, 2), v.transpose(1, 2)
+    kind = q.dtype
+    if q.is_cpu and heads == kv_heads and kind is torch.bfloat16:
+        # One query a key head: PyTorch's bfloat16 products of one row are slower than the conversion.
+        q, k, v = q.float(), k.float(), v.float()
     bias = None
     # On a GPU `longest` may be a bound that a graph was made for, so that even one row needs its mask.
     if rows > 1 or q.is_cuda or scoring.slopes is not None or scoring.window is not None:
@@ -295,7 +299,7 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
     out = F.scaled_dot_product_attention(
         q.view(rows, kv_heads, heads // kv_heads, dim), k, v, bias, scale=scoring.scale
     )
-    return out.reshape(rows, heads, dim)
+    return out.reshape(rows, heads, dim).to(kind)
 
 
 def _sdpa_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
