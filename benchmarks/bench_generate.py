@@ -227,7 +227,7 @@ def main() -> None:
     report = {
         "benchmark": "generate",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": args.model,
+        "model": Path(args.model).name if Path(args.model).exists() else args.model,
         "device": device_name(args.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
