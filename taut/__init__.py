@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name not in _HOMES and name.endswith(("ForCausalLM", "LMHeadModel")):
+        return import_module("taut.auto").family_class(name)
     if name not in _HOMES:
         raise AttributeError(f"module 'taut' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")
     return getattr(import_module(_HOMES[name]), name)

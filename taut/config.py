@@ -500,9 +500,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     return tuple(slopes + [2.0 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)])
 
 
-def finish(
-    reader: Reader, *, architecture: str, layers: Sequence[Layer], norm: Norm | None, **fields: Any
-) -> ModelConfig:
+def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fields: Any) -> ModelConfig:
     """The `ModelConfig` of a decoder, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
     reader.ignore(*HOUSEKEEPING)
@@ -515,7 +513,7 @@ def finish(
     bos, pad = reader.ids("bos_token_id"), reader.ids("pad_token_id")
     config = {
         "model_type": reader.str("model_type"),
-        "architecture": named[0] if named else architecture,
+        "architecture": named[0] if named else "",
         "vocab_size": reader.int("vocab_size"),
         "dim": reader.int("hidden_size"),
         "layers": tuple(layers),

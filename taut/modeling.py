@@ -23,7 +23,7 @@ from taut.config import DTYPES, ModelConfig
 from taut.engine.generate import generate, stream
 from taut.engine.generation import GenerationConfig
 from taut.engine.stream import Stream
-from taut.errors import RequestError, nearest
+from taut.errors import ConfigError, RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import explain
 from taut.layers.attention import Attention
@@ -316,6 +316,7 @@ class CausalLM(nn.Module):
         local_files_only: bool = False,
         gguf_file: str | None = None,
         progress: bool | None = None,
+        model_type: str | None = None,
         **unknown: Any,
     ) -> CausalLM:
         """Load a folder, a `.gguf` file or a Hub id.
@@ -328,7 +329,7 @@ class CausalLM(nn.Module):
         older way to ask for "flash_attention_2". `load_in_4bit`, `load_in_8bit` and `quantization_config` (a
         `BitsAndBytesConfig`, transformers' own or a dict) pack the linear layers while loading; a checkpoint
         that is packed already needs none of them. `progress`: a bar on the terminal; default: only if stderr
-        is one.
+        is one. `model_type`: the family that it has to be.
 
         Raises `CheckpointError` (files), `ConfigError` (config.json) or `WeightsError` (tensors that don't
         fit the config); nothing half-loaded remains.
@@ -352,6 +353,11 @@ class CausalLM(nn.Module):
         )
         checkpoint = open_checkpoint(path)
         config = read_config(checkpoint.config, f"{path}: config")
+        if model_type not in (None, config.model_type):
+            raise ConfigError(
+                f"{path} is a {config.model_type!r} and not a {model_type!r}; "
+                "load it with AutoModelForCausalLM, which takes every family"
+            )
         target = _device(device_map if device_map is not None else device)
         choice = torch_dtype if torch_dtype is not None else dtype
         kind = _dtype(choice, config, checkpoint, target)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from taut import AutoModelForCausalLM, weights
 from taut.errors import RequestError
-from taut.models import families, rules
+from taut.models import families, family, rules
 from tests.families import CASES, CONTEXT, VOCAB, Case, checkpoint, oracle
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -177,7 +177,9 @@ def test_a_row_longer_than_the_learned_positions_is_refused():
 
 @every_case
 def test_every_config_key_is_accounted_for(case):
-    assert load(case).config.unused == ()
+    config = load(case).config
+    assert config.unused == ()
+    assert family(config.model_type).ARCHITECTURE in config.source["architectures"]
 
 
 @every_device

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import taut
 from taut import AutoModelForCausalLM, CausalLM
 from taut.errors import CheckpointError, ConfigError, NumericsError, RequestError, TautError, WeightsError
 from taut.models import read_config
@@ -158,6 +159,16 @@ def test_embeds_logits_to_keep_and_tuples(model):
     assert output.loss is None and output.past_key_values is None and list(output) == ["logits"]
     with pytest.raises(AttributeError, match="no field 'logit'; it has: loss, logits"):
         output.logit  # noqa: B018
+
+
+def test_a_familys_own_class_name_loads_that_family_alone(folder):
+    from taut import LlamaForCausalLM
+
+    assert isinstance(LlamaForCausalLM.from_pretrained(folder, dtype="float32"), CausalLM)
+    with pytest.raises(ConfigError, match="is a 'llama' and not a 'gpt2'; load it with AutoModelForCausalLM"):
+        taut.GPT2LMHeadModel.from_pretrained(folder)
+    with pytest.raises(AttributeError, match="no LamaForCausalLM; nearest: LlamaForCausalLM"):
+        taut.LamaForCausalLM  # noqa: B018
 
 
 def test_from_config_and_what_a_model_says_of_itself():

@@ -1,10 +1,11 @@
-"""The families: `models/<model_type>.py` is the whole registry, a `read` and `RULES` each, or, where the
-files' layout depends on the config, `rules(config)`."""
+"""The families: `models/<model_type>.py` is the whole registry, each with its `ARCHITECTURE` (transformers'
+class name), a `read` and `RULES`, or, where the files' layout depends on the config, `rules(config)`."""
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,14 @@ def family(model_type: str) -> ModuleType:
 def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """The `ModelConfig` of a `config.json` (as a dict); `ConfigError` names the key that is wrong."""
     reader = Reader(data, source)
-    return family(reader.str("model_type")).read(reader)
+    module = family(reader.str("model_type"))
+    config = module.read(reader)
+    return config if config.architecture else replace(config, architecture=module.ARCHITECTURE)
+
+
+def architectures() -> dict[str, str]:
+    """Each family's class name in transformers, and the `model_type` it stands for."""
+    return {family(name).ARCHITECTURE: name for name in families()}
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:

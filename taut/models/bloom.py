@@ -6,6 +6,8 @@ from taut.config import ModelConfig, Norm, Reader, alibi_slopes, finish
 from taut.models.llama import heads, pre_norm_layers, tied
 from taut.weights import Fused, Rename, Rule, renames
 
+ARCHITECTURE = "BloomForCausalLM"
+
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """q, k and v lie head by head."""
@@ -59,7 +61,6 @@ def read(r: Reader) -> ModelConfig:
     )
     return finish(
         r,
-        architecture="BloomForCausalLM",
         layers=layers,
         norm=norm,
         context=r.int("max_position_embeddings", 2048),

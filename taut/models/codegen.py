@@ -9,13 +9,15 @@ from taut.models.gptj import RULES as GPTJ
 from taut.models.gptj import read as read_gptj
 from taut.weights import Fused
 
+ARCHITECTURE = "CodeGenForCausalLM"
+
 __all__ = ["IGNORED", "RULES", "read"]
 
 RULES = (*GPTJ, Fused("transformer.h.{}.attn.qkv_proj", ("q_proj", "v_proj", "k_proj"), groups=4))
 
 
 def read(r: Reader) -> ModelConfig:
-    config = read_gptj(r, "CodeGenForCausalLM")
+    config = read_gptj(r)
     heads = config.layers[0].attn.heads
     if heads % 4:
         raise ConfigError(

@@ -7,6 +7,8 @@ from dataclasses import replace
 from taut.config import ModelConfig, Norm, Reader, finish
 from taut.models.llama import pre_norm_layers, rotary, tied
 
+ARCHITECTURE = "CohereForCausalLM"
+
 RULES = ()
 
 
@@ -26,7 +28,6 @@ def read(r: Reader) -> ModelConfig:
     )
     return finish(
         r,
-        architecture="CohereForCausalLM",
         layers=[replace(layer, pre_mlp=None, parallel=True) for layer in layers],
         norm=norm,
         tied=tied(r, default=True),

@@ -12,6 +12,8 @@ from taut.errors import ConfigError
 from taut.models.llama import heads, pre_norm_layers, tied
 from taut.weights import Fused, Rename, Rule, renames
 
+ARCHITECTURE = "FalconForCausalLM"
+
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """q, k and v lie key head by key head; norms are named by how many there are."""
@@ -81,7 +83,6 @@ def read(r: Reader) -> ModelConfig:
     pre_mlp = norm if norms == 2 else None
     return finish(
         r,
-        architecture="FalconForCausalLM",
         layers=[replace(layer, pre_mlp=pre_mlp, parallel=parallel) for layer in layers],
         norm=norm,
         context=context,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from taut.config import ModelConfig, Reader, activation, finish
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 
+ARCHITECTURE = "GemmaForCausalLM"
+
 __all__ = ["RULES", "read"]
 
 
@@ -19,7 +21,6 @@ def read(r: Reader) -> ModelConfig:
     layers = pre_norm_layers(r, attn={"qkv_bias": bias, "out_bias": bias}, act=act, pre=own)
     return finish(
         r,
-        architecture="GemmaForCausalLM",
         layers=layers,
         norm=own,
         tied=tied(r, default=True),

@@ -7,6 +7,8 @@ from dataclasses import replace
 from taut.config import ModelConfig, Reader, activation, finish, windows
 from taut.models.llama import norm, pre_norm_layers, tied
 
+ARCHITECTURE = "Gemma2ForCausalLM"
+
 RULES = ()
 
 
@@ -30,7 +32,6 @@ def read(r: Reader) -> ModelConfig:
     r.ignore("cache_implementation")
     return finish(
         r,
-        architecture="Gemma2ForCausalLM",
         layers=[replace(layer, post_attn=own, post_mlp=own) for layer in layers],
         norm=own,
         tied=tied(r, default=True),

@@ -8,6 +8,8 @@ from dataclasses import replace
 from taut.config import ModelConfig, Reader, Rope, activation, finish, rope, windows
 from taut.models.llama import norm, pre_norm_layers, tied
 
+ARCHITECTURE = "Gemma3ForCausalLM"
+
 RULES = ()
 
 
@@ -38,7 +40,6 @@ def read(r: Reader) -> ModelConfig:
     )
     return finish(
         r,
-        architecture="Gemma3ForCausalLM",
         layers=[replace(layer, post_attn=own, post_mlp=own) for layer in layers],
         norm=own,
         tied=tied(r, default=True),

@@ -8,6 +8,8 @@ from taut.config import ModelConfig, Reader, finish
 from taut.models.llama import norm, pre_norm_layers, rotary, tied
 from taut.weights import Fused, Rename
 
+ARCHITECTURE = "Glm4ForCausalLM"
+
 RULES = (
     # Each new name is free by the time it is taken.
     Rename("model.layers.{}.post_self_attn_layernorm", "model.layers.{}.post_attention_layernorm"),
@@ -23,7 +25,6 @@ def read(r: Reader) -> ModelConfig:
     layers = pre_norm_layers(r, attn={"qkv_bias": r.bool("attention_bias", True), "rope": rope}, pre=own)
     return finish(
         r,
-        architecture="Glm4ForCausalLM",
         layers=[replace(layer, post_attn=own, post_mlp=own) for layer in layers],
         norm=own,
         tied=tied(r),

@@ -8,6 +8,8 @@ from taut.config import ModelConfig, Norm, Positions, Reader, activation, finish
 from taut.models.llama import pre_norm_layers, tied
 from taut.weights import Fused, Rename, Transposed, renames
 
+ARCHITECTURE = "GPT2LMHeadModel"
+
 IGNORED = ("*.attn.bias",)  # a mask
 
 NAMES = (
@@ -40,7 +42,7 @@ RULES = (
 def read(r: Reader) -> ModelConfig:
     own = {} if r.bool("scale_attn_weights", True) else {"scale": 1.0}
     by_layer = r.bool("scale_attn_by_inverse_layer_idx", False)
-    config = decoder(r, "GPT2LMHeadModel", own)
+    config = decoder(r, own)
     if not by_layer:
         return config
     layers = [
@@ -50,7 +52,7 @@ def read(r: Reader) -> ModelConfig:
     return replace(config, layers=tuple(layers))
 
 
-def decoder(r: Reader, architecture: str, attn: dict[str, object]) -> ModelConfig:
+def decoder(r: Reader, attn: dict[str, object]) -> ModelConfig:
     """The decoder that GPT-2 and GPT-BigCode share; `attn` changes fields of every layer's attention."""
     r.rename(
         hidden_size="n_embd",
@@ -70,7 +72,6 @@ def decoder(r: Reader, architecture: str, attn: dict[str, object]) -> ModelConfi
     )
     return finish(
         r,
-        architecture=architecture,
         layers=layers,
         norm=norm,
         tied=tied(r, default=True),

@@ -6,6 +6,8 @@ from taut.config import ModelConfig, Reader
 from taut.models.gpt2 import IGNORED, NAMES, decoder
 from taut.weights import Fused, Rule
 
+ARCHITECTURE = "GPTBigCodeForCausalLM"
+
 __all__ = ["IGNORED", "read", "rules"]
 
 
@@ -22,4 +24,4 @@ def read(r: Reader) -> ModelConfig:
     own = {} if r.bool("scale_attn_weights", True) else {"scale": 1.0}
     r.rename(num_attention_heads="n_head")
     own["kv_heads"] = 1 if r.bool("multi_query", True) else r.int("num_attention_heads")
-    return decoder(r, "GPTBigCodeForCausalLM", own)
+    return decoder(r, own)

@@ -8,6 +8,8 @@ from taut.models.gpt2 import NAMES
 from taut.models.llama import pre_norm_layers, tied
 from taut.weights import Rename
 
+ARCHITECTURE = "GPTNeoForCausalLM"
+
 IGNORED = ("*.attn.attention.bias",)  # a mask
 
 RULES = (
@@ -31,7 +33,6 @@ def read(r: Reader) -> ModelConfig:
     )
     return finish(
         r,
-        architecture="GPTNeoForCausalLM",
         layers=layers,
         norm=norm,
         tied=tied(r, default=True),

@@ -9,6 +9,8 @@ from taut.config import ModelConfig, Norm, Reader, activation, finish
 from taut.models.llama import pre_norm_layers, rotary, tied
 from taut.weights import Fused, Rename, Rule, renames
 
+ARCHITECTURE = "GPTNeoXForCausalLM"
+
 IGNORED = ("*.attention.bias", "embed_out.weight")  # a mask, and a head that is tied anyway
 
 
@@ -50,7 +52,6 @@ def read(r: Reader) -> ModelConfig:
     parallel = r.bool("use_parallel_residual", True)
     return finish(
         r,
-        architecture="GPTNeoXForCausalLM",
         layers=[replace(layer, parallel=parallel) for layer in layers],
         norm=norm,
         tied=tied(r),

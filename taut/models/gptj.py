@@ -9,6 +9,8 @@ from taut.errors import ConfigError
 from taut.models.llama import heads, pre_norm_layers
 from taut.weights import Rename, renames
 
+ARCHITECTURE = "GPTJForCausalLM"
+
 IGNORED = ("*.attn.bias", "*.attn.causal_mask")  # masks
 
 RULES = (
@@ -28,7 +30,7 @@ RULES = (
 )
 
 
-def read(r: Reader, architecture: str = "GPTJForCausalLM") -> ModelConfig:
+def read(r: Reader) -> ModelConfig:
     r.rename(
         hidden_size="n_embd",
         intermediate_size="n_inner",
@@ -56,7 +58,6 @@ def read(r: Reader, architecture: str = "GPTJForCausalLM") -> ModelConfig:
     )
     return finish(
         r,
-        architecture=architecture,
         layers=[replace(layer, pre_mlp=None, parallel=True) for layer in layers],
         norm=norm,
         tied=False,

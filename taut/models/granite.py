@@ -7,6 +7,8 @@ from dataclasses import replace
 from taut.config import ModelConfig, Reader, finish
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 
+ARCHITECTURE = "GraniteForCausalLM"
+
 __all__ = ["RULES", "read"]
 
 
@@ -21,7 +23,6 @@ def read(r: Reader) -> ModelConfig:
     residual = r.float("residual_multiplier", 1.0)
     return finish(
         r,
-        architecture="GraniteForCausalLM",
         layers=[replace(layer, scale=residual) for layer in layers],
         norm=norm(r),
         tied=tied(r),

@@ -8,6 +8,8 @@ from typing import Any
 from taut.config import Attn, Layer, Mlp, ModelConfig, Norm, Reader, Rope, activation, finish, rope
 from taut.weights import Rename
 
+ARCHITECTURE = "LlamaForCausalLM"
+
 # Llama calls the norm before the MLP after what it follows; the block calls it after what it precedes.
 RULES = (Rename("model.layers.{}.post_attention_layernorm", "model.layers.{}.pre_feedforward_layernorm"),)
 
@@ -17,7 +19,7 @@ def read(r: Reader) -> ModelConfig:
     layers = pre_norm_layers(
         r, attn={"qkv_bias": bias, "out_bias": bias}, mlp={"bias": r.bool("mlp_bias", False)}
     )
-    return finish(r, architecture="LlamaForCausalLM", layers=layers, norm=norm(r), tied=tied(r))
+    return finish(r, layers=layers, norm=norm(r), tied=tied(r))
 
 
 def tied(r: Reader, default: bool = False) -> bool:

@@ -11,6 +11,8 @@ from taut.models.llama import RULES as LLAMA
 from taut.models.llama import norm, pre_norm_layers, tied
 from taut.weights import Rename, renames
 
+ARCHITECTURE = "MixtralForCausalLM"
+
 RULES = (
     *LLAMA,
     Rename("model.layers.{}.block_sparse_moe", "model.layers.{}.mlp"),
@@ -39,7 +41,6 @@ def read(r: Reader) -> ModelConfig:
     moe = experts(r, "intermediate_size", normalised=True)
     return finish(
         r,
-        architecture="MixtralForCausalLM",
         layers=[replace(layer, mlp=moe) for layer in layers],
         norm=own,
         tied=tied(r),

@@ -8,6 +8,8 @@ from taut.config import HOUSEKEEPING, ModelConfig, Norm, Reader, finish
 from taut.models.llama import heads, pre_norm_layers, tied
 from taut.weights import Fused, Rename, renames
 
+ARCHITECTURE = "MptForCausalLM"
+
 RULES = (
     Rename("transformer.wte", "model.embed_tokens"),
     Rename("transformer.norm_f", "model.norm"),
@@ -73,7 +75,6 @@ def read(r: Reader) -> ModelConfig:
     )
     return finish(
         r,
-        architecture="MptForCausalLM",
         layers=layers,
         norm=norm,
         tied=tied(r, default=True),

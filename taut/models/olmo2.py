@@ -7,6 +7,8 @@ from dataclasses import replace
 from taut.config import ModelConfig, Reader, finish
 from taut.models.llama import norm, pre_norm_layers, tied
 
+ARCHITECTURE = "Olmo2ForCausalLM"
+
 RULES = ()
 
 
@@ -16,4 +18,4 @@ def read(r: Reader) -> ModelConfig:
         r, attn={"qkv_bias": bias, "out_bias": bias, "qk_norm": own, "qk_norm_of": "all"}, pre=own
     )
     layers = [replace(layer, pre_attn=None, pre_mlp=None, post_attn=own, post_mlp=own) for layer in layers]
-    return finish(r, architecture="Olmo2ForCausalLM", layers=layers, norm=own, tied=tied(r))
+    return finish(r, layers=layers, norm=own, tied=tied(r))

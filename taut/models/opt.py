@@ -9,6 +9,8 @@ from taut.config import ModelConfig, Norm, Positions, Reader, activation, finish
 from taut.models.llama import pre_norm_layers, tied
 from taut.weights import Rename, Rule, renames
 
+ARCHITECTURE = "OPTForCausalLM"
+
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """A norm has one name wherever it stands."""
@@ -46,7 +48,6 @@ def read(r: Reader) -> ModelConfig:
     removed = r.bool("_remove_final_layer_norm", False)
     return finish(
         r,
-        architecture="OPTForCausalLM",
         layers=layers,
         norm=norm if before and not removed else None,
         tied=tied(r, default=True),

@@ -9,6 +9,8 @@ from taut.config import ModelConfig, Norm, Reader, activation, finish
 from taut.models.llama import pre_norm_layers, rotary
 from taut.weights import Rename, renames
 
+ARCHITECTURE = "PhiForCausalLM"
+
 RULES = (
     *renames(
         "model.layers.{}",
@@ -41,7 +43,6 @@ def read(r: Reader) -> ModelConfig:
     r.only("tie_word_embeddings", False)
     return finish(
         r,
-        architecture="PhiForCausalLM",
         layers=[replace(layer, pre_mlp=None, parallel=True) for layer in layers],
         norm=norm,
         tied=False,

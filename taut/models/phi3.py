@@ -7,6 +7,8 @@ from taut.models.llama import RULES as LLAMA
 from taut.models.llama import norm, pre_norm_layers, tied
 from taut.weights import Fused
 
+ARCHITECTURE = "Phi3ForCausalLM"
+
 RULES = (
     *LLAMA,
     Fused("model.layers.{}.self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -16,4 +18,4 @@ RULES = (
 
 def read(r: Reader) -> ModelConfig:
     layers = pre_norm_layers(r, attn={"window": r.int("sliding_window", None)})
-    return finish(r, architecture="Phi3ForCausalLM", layers=layers, norm=norm(r), tied=tied(r))
+    return finish(r, layers=layers, norm=norm(r), tied=tied(r))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from taut.config import ModelConfig, Reader, finish, windows
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 
+ARCHITECTURE = "Qwen2ForCausalLM"
+
 __all__ = ["RULES", "read", "upper_windows"]
 
 
@@ -23,4 +25,4 @@ def upper_windows(r: Reader) -> list[int | None]:
 
 def read(r: Reader) -> ModelConfig:
     layers = pre_norm_layers(r, attn={"qkv_bias": True}, windows=upper_windows(r))
-    return finish(r, architecture="Qwen2ForCausalLM", layers=layers, norm=norm(r), tied=tied(r))
+    return finish(r, layers=layers, norm=norm(r), tied=tied(r))

@@ -8,6 +8,8 @@ from taut.config import Layer, ModelConfig, Reader, finish, windows
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 from taut.models.mixtral import experts
 
+ARCHITECTURE = "Qwen2MoeForCausalLM"
+
 __all__ = ["RULES", "read", "sparse"]
 
 
@@ -30,7 +32,6 @@ def read(r: Reader) -> ModelConfig:
     layers = pre_norm_layers(r, attn={"qkv_bias": r.bool("qkv_bias", True)}, windows=seen)
     return finish(
         r,
-        architecture="Qwen2MoeForCausalLM",
         layers=sparse(r, layers, r.int("shared_expert_intermediate_size", 5632)),
         norm=norm(r),
         tied=tied(r),

@@ -6,6 +6,8 @@ from taut.config import ModelConfig, Reader, finish
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 from taut.models.qwen2 import upper_windows
 
+ARCHITECTURE = "Qwen3ForCausalLM"
+
 __all__ = ["RULES", "read"]
 
 
@@ -13,4 +15,4 @@ def read(r: Reader) -> ModelConfig:
     bias = r.bool("attention_bias", False)
     changes = {"qkv_bias": bias, "out_bias": bias, "qk_norm": norm(r)}
     layers = pre_norm_layers(r, attn=changes, windows=upper_windows(r))
-    return finish(r, architecture="Qwen3ForCausalLM", layers=layers, norm=norm(r), tied=tied(r))
+    return finish(r, layers=layers, norm=norm(r), tied=tied(r))

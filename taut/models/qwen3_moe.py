@@ -6,6 +6,8 @@ from taut.config import ModelConfig, Reader, finish
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
 from taut.models.qwen2_moe import sparse
 
+ARCHITECTURE = "Qwen3MoeForCausalLM"
+
 __all__ = ["RULES", "read"]
 
 
@@ -15,4 +17,4 @@ def read(r: Reader) -> ModelConfig:
     r.ignore("sliding_window", "max_window_layers")
     changes = {"qkv_bias": bias, "out_bias": bias, "qk_norm": norm(r), "window": window}
     layers = sparse(r, pre_norm_layers(r, attn=changes))
-    return finish(r, architecture="Qwen3MoeForCausalLM", layers=layers, norm=norm(r), tied=tied(r))
+    return finish(r, layers=layers, norm=norm(r), tied=tied(r))

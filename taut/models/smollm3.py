@@ -5,6 +5,8 @@ from __future__ import annotations
 from taut.config import ModelConfig, Reader, finish, windows
 from taut.models.llama import RULES, norm, pre_norm_layers, rotary, tied
 
+ARCHITECTURE = "SmolLM3ForCausalLM"
+
 __all__ = ["RULES", "read"]
 
 
@@ -23,6 +25,4 @@ def read(r: Reader) -> ModelConfig:
         windows=windows(r, count, types),
         ropes=[rope if rotates[i] else None for i in range(count)],
     )
-    return finish(
-        r, architecture="SmolLM3ForCausalLM", layers=layers, norm=norm(r), tied=tied(r, default=True)
-    )
+    return finish(r, layers=layers, norm=norm(r), tied=tied(r, default=True))

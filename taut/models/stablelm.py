@@ -10,6 +10,8 @@ from taut.models.llama import RULES as LLAMA
 from taut.models.llama import pre_norm_layers, rotary, tied
 from taut.weights import Rule, Stacked
 
+ARCHITECTURE = "StableLmForCausalLM"
+
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Llama's; a norm of each head is a module of its own on disk."""
@@ -40,7 +42,6 @@ def read(r: Reader) -> ModelConfig:
     pre_mlp = None if parallel else norm
     return finish(
         r,
-        architecture="StableLmForCausalLM",
         layers=[replace(layer, pre_mlp=pre_mlp, parallel=parallel) for layer in layers],
         norm=norm,
         tied=tied(r),

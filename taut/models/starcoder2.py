@@ -7,6 +7,8 @@ from taut.models.llama import RULES as LLAMA
 from taut.models.llama import heads, rotary, tied
 from taut.weights import Rename
 
+ARCHITECTURE = "Starcoder2ForCausalLM"
+
 RULES = (
     *LLAMA,
     Rename("model.layers.{}.mlp.c_fc", "model.layers.{}.mlp.up_proj"),
@@ -25,7 +27,6 @@ def read(r: Reader) -> ModelConfig:
     r.ignore("residual_dropout", "embedding_dropout", "mlp_type", "norm_type")
     return finish(
         r,
-        architecture="Starcoder2ForCausalLM",
         layers=[layer] * r.int("num_hidden_layers"),
         norm=norm,
         tied=tied(r, default=True),
