@@ -309,5 +309,6 @@ def bench(
         from taut.bench.run import Options, run
 
         given = {name: value for name, value in context.params.items() if name != "debug"}
-        if not run(Options(**given)):
+        # The context holds what was typed; some releases of typer make paths only for the arguments.
+        if not run(Options(**{**given, "json": json, "plot": plot})):
             raise typer.Exit(1)
