@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from taut import weights
 from taut.batch import Batch, pack
 from taut.checkpoint import open_checkpoint, write_safetensors
-from taut.config import DTYPES, ModelConfig
+from taut.config import ModelConfig
 from taut.engine.generate import generate, stream
 from taut.engine.generation import GenerationConfig
 from taut.engine.stream import Stream
@@ -31,6 +31,7 @@ from taut.layers.block import Decoder
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 from taut.models import family, read_config, rules
+from taut.placement import pick_device, pick_dtype
 from taut.plan import Plan, make_plan
 from taut.quant.base import Packed, Stack
 from taut.quant.choose import asked, choose
@@ -358,9 +359,9 @@ class CausalLM(nn.Module):
                 f"{path} is a {config.model_type!r} and not a {model_type!r}; "
                 "load it with AutoModelForCausalLM, which takes every family"
             )
-        target = _device(device_map if device_map is not None else device)
+        target = pick_device(device_map if device_map is not None else device)
         choice = torch_dtype if torch_dtype is not None else dtype
-        kind = _dtype(choice, config, checkpoint, target)
+        kind = pick_dtype(choice, config, checkpoint, target)
         with torch.device("meta"):
             model = cls(config, dtype=kind)
         mapping = rules(config)
@@ -513,60 +514,6 @@ def _reject(unknown: dict[str, Any]) -> None:
         raise RequestError(
             f"from_pretrained has no option {name!r}{nearest(name, known)}; known: {', '.join(known)}"
         )
-
-
-def _device(where: Any) -> torch.device:
-    if isinstance(where, dict):
-        if set(where) != {""}:
-            raise RequestError(
-                f"device_map is {where!r}; a dict must be {{'': device}}: one device holds it all"
-            )
-        where = where[""]
-    if where in ("auto", "balanced", "sequential"):
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device("cpu" if where is None else where)
-    except (RuntimeError, TypeError):
-        raise RequestError(f"device is {where!r}; known: auto, cpu, cuda, cuda:0 ...") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise RequestError(
-                f"device is {str(device)!r}, but this PyTorch sees no CUDA GPU; use device='cpu'"
-            )
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise RequestError(
-                f"device is {str(device)!r}; there are {torch.cuda.device_count()} GPUs, from 0"
-            )
-    elif device.type not in ("cpu", "meta"):
-        raise RequestError(f"device is {str(device)!r}; known: auto, cpu, cuda")
-    return device
-
-
-def _dtype(wanted: Any, config: ModelConfig, checkpoint: Any, device: torch.device) -> torch.dtype:
-    if isinstance(wanted, str) and wanted != "auto":
-        name = wanted.removeprefix("torch.")
-        if name not in DTYPES:
-            raise RequestError(
-                f"dtype is {wanted!r}; known: auto, {', '.join(DTYPES)}{nearest(name, DTYPES)}"
-            )
-        return DTYPES[name]
-    if isinstance(wanted, torch.dtype):
-        if wanted not in DTYPES.values():
-            raise RequestError(f"dtype is {wanted}; known: auto, {', '.join(DTYPES)}")
-        return wanted
-    if config.dtype is not None:
-        return config.dtype
-    found = [t.dtype for t in checkpoint.tensors.values() if t.dtype in DTYPES.values()]
-    if checkpoint.metadata and torch.float32 in found:  # dequantized blocks come as float32
-        return torch.bfloat16 if _computes_bfloat16(device) else torch.float32
-    return found[0] if found else torch.float32
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    flags = torch.backends.cpu.get_cpu_capability()
-    return flags.startswith(("AVX512", "SVE")) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextmanager

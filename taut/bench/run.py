@@ -18,7 +18,8 @@ from taut.bench.subjects import Taut, make_model, shared_weights
 from taut.config import DTYPES
 from taut.errors import RequestError
 from taut.hub import default_model
-from taut.modeling import CausalLM, _device
+from taut.modeling import CausalLM
+from taut.placement import pick_device
 
 LOGITS = ("last", "all")
 
@@ -61,7 +62,7 @@ def run(options: Options) -> bool:
 
 def measure_all(options: Options, progress: Callable[[str], None] = lambda _: None) -> Report:
     """The report of everything that `options` ask for; `progress` gets a line a case."""
-    device = _device(options.device)
+    device = pick_device(options.device)
     shape = None if options.shape is None else shapes.find(options.shape)
     if shape is not None and options.model is not None:
         raise RequestError("--model and --shape both say what to measure; give one of them")

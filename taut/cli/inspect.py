@@ -23,8 +23,8 @@ from taut.cli.facts import Facts, human_bytes, human_count
 from taut.config import ModelConfig, Moe
 from taut.errors import TautError
 from taut.hub import default_model, resolve
-from taut.modeling import _device, _dtype
 from taut.models import read_config
+from taut.placement import pick_device, pick_dtype
 from taut.tokenizer import AutoTokenizer
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
@@ -125,7 +125,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint.config, f"{path}: config")
     stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values()).most_common()
-    loaded = _dtype(dtype, config, checkpoint, _device("auto"))
+    loaded = pick_dtype(dtype, config, checkpoint, pick_device("auto"))
     sizes = parts(checkpoint, loaded)
     per_token = kv_bytes_per_token(config, loaded)
     return {
