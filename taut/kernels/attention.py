@@ -65,12 +65,6 @@ class Pages:
         return k.flatten(0, 1)[:count], v.flatten(0, 1)[:count]
 
 
-def write_pages(k: Tensor, v: Tensor, pages: Pages, slots: Tensor) -> None:
-    """Store `k`, `v` `[tokens, kv_heads, head_dim]` at `slots` `[tokens]` (`page * page_size + offset`)."""
-    pages.keys.flatten(0, 1).index_copy_(0, slots, k)
-    pages.values.flatten(0, 1).index_copy_(0, slots, v)
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One implementation: `refuse(q, longest, scoring, pages)` says why it can't take a call, or None;

@@ -174,11 +174,6 @@ class Blockwise(Packed):
     def double(self) -> bool:
         return "nested" in self.sizes
 
-    @property
-    def aligned(self) -> bool:
-        """Whether every row is whole blocks, which kernels rely on."""
-        return self.in_features % self.block == 0
-
     def scales(self) -> Tensor:
         """float32 scale of every block."""
         if not self.double:

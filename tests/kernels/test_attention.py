@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from taut.errors import RequestError
-from taut.kernels.attention import CANDIDATES, Pages, Scoring, attention, write_pages
+from taut.kernels.attention import CANDIDATES, Pages, Scoring, attention
 
 ROWS = (5, 1, 0, 17, 8)
 SCORINGS = {
@@ -107,7 +107,7 @@ def test_cache_pages(name, scoring, kv_heads, new):
         table[row] = torch.tensor(own + [own[0]] * (table.shape[1] - len(own)))
         k, v = torch.randn(2, length, kv_heads, dim, generator=generator, dtype=torch.float64)
         slots = torch.tensor([own[p // size] * size + p % size for p in range(length)])
-        write_pages(k, v, Pages(cache[0], cache[1], table, torch.tensor(lengths), max(lengths)), slots)
+        cache.flatten(1, 2)[:, slots] = torch.stack((k, v))
         want.append(defined(q[at : at + count], k, v, scoring))
         at += count
     skip_what_it_refuses(name, q, scoring)
