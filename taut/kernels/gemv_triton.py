@@ -62,7 +62,7 @@ def _by_hand(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    ups = rows + N.to(tl.int64) * K
+    ups = rows + tl.cast(N, tl.int64) * K  # N is a constant where it is 1
     ahead = _load_weight(rows, k[None, :], K, EVEN)
     if ACT != "":
         ahead_up = _load_weight(ups, k[None, :], K, EVEN)
@@ -179,7 +179,7 @@ def _by_tensor_cores(
     begin = split * span
     end = tl.minimum(begin + span, K)
     rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    ups = rows + N.to(tl.int64) * K
+    ups = rows + tl.cast(N, tl.int64) * K
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

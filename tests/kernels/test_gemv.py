@@ -88,7 +88,7 @@ def test_compiles() -> None:
     pointers |= {"eps": "fp32", "offset": "fp32", "NORM": True, "BIAS": True, "RESIDUAL": True, "EVEN": True}
     device, specs, limits = torch.device("cpu"), [], []
     for arch, rows, (outputs, inputs, act) in product(
-        (80, 90), (1, 2, 8, 32), ((4096, 4096, ""), (12288, 4096, ""), (11008, 4096, "silu"))
+        (80, 90), (1, 2, 8, 32), ((4096, 4096, ""), (12288, 4096, ""), (11008, 4096, "silu"), (1, 4096, ""))
     ):
         cut = gemv_triton.tiles(rows, outputs, inputs, act != "", device)
         sizes = {"ACT": f"={act}", "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k, "PDL": arch >= 90}
@@ -97,6 +97,8 @@ def test_compiles() -> None:
             sizes |= {"X_FIRST": cut.x_first}
         else:
             sizes |= {"M": rows}
+        if outputs == 1:
+            sizes |= {"N": 1}  # which launches make a constant
         kernel = "_by_tensor_cores" if cut.stages else "_by_hand"
         specs.append(
             Spec("taut.kernels.gemv_triton", kernel, arch, pointers | sizes, {"num_warps": cut.warps})
@@ -108,7 +110,8 @@ def test_compiles() -> None:
 
 @pytest.mark.gpu
 def test_sweep_on_a_device() -> None:
-    shapes = [(4096, 4096), (12288, 4096), (4096, 11008), (32000, 2048), (576, 576), (1000, 1536), (7, 16)]
+    shapes = [(4096, 4096), (12288, 4096), (4096, 11008), (32000, 2048), (576, 576), (1000, 1536)]
+    shapes += [(7, 16), (1, 48)]
     for rows, (outputs, inputs), dtype in product((1, 2, 3, 8, 16, 17, 32), shapes, BOUNDS):
         for norm, act, residual, bias in ((True, None, False, True), (False, None, True, False)):
             agree(rows, outputs, inputs, dtype, "cuda", norm=norm, act=act, residual=residual, bias=bias)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from taut.layers.attention import Attention
     from taut.layers.block import Block
     from taut.layers.linear import Linear
-    from taut.modeling import CausalLM
+    from taut.modeling.base import PreTrainedModel
 
 Offer = tuple[str, str | None]  # an implementation, and why it can't be taken
 
@@ -59,9 +59,9 @@ class Plan:
     __repr__ = __str__
 
 
-def make_plan(model: CausalLM) -> Plan:
+def make_plan(model: PreTrainedModel) -> Plan:
     """The plan of a model on its device, in its dtype; neighbours that run alike share a line."""
-    layers = [_layer(model, block) for block in model.model.layers]
+    layers = [_layer(model, block) for block in model.blocks()]
     choices = []
     for op in layers[0] if layers else ():
         first = 0
@@ -82,7 +82,7 @@ def _choice(first: int, last: int, op: str, offers: list[Offer]) -> Choice:
     return Choice(first, last, op, "nothing: it raises", tuple(passed))
 
 
-def _layer(model: CausalLM, block: Block) -> dict[str, list[Offer]]:
+def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
     x = torch.empty(1, model.config.dim, dtype=model.dtype, device=model.device)
     elementwise: list[Offer] = [("triton", triton_refuses(x)), ("reference", None)]
     attn = block.self_attn
@@ -96,7 +96,7 @@ def _layer(model: CausalLM, block: Block) -> dict[str, list[Offer]]:
     }
 
 
-def _attention(model: CausalLM, attn: Attention, longest: int, *, cached: bool) -> list[Offer]:
+def _attention(model: PreTrainedModel, attn: Attention, longest: int, *, cached: bool) -> list[Offer]:
     c = attn.config
     q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
     pages = None

@@ -1,4 +1,4 @@
-"""`CausalLM`: the Hugging Face-shaped door around a packed decoder."""
+"""`PreTrainedModel`: what every model shares, whatever its head: loading, saving, its size, its attention."""
 
 from __future__ import annotations
 
@@ -10,32 +10,30 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taut import weights
-from taut.batch import Batch, pack
 from taut.checkpoint import open_checkpoint, write_safetensors
 from taut.config import ModelConfig
-from taut.engine.generate import generate, stream
 from taut.engine.generation import GenerationConfig
-from taut.engine.stream import Stream
 from taut.errors import ConfigError, RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import explain
 from taut.layers.attention import Attention
-from taut.layers.block import Decoder
+from taut.layers.block import Block
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
+from taut.modeling.plan import Plan, make_plan
 from taut.models import family, read_config, rules
 from taut.placement import pick_device, pick_dtype
-from taut.plan import Plan, make_plan
 from taut.quant.base import Packed, Stack
 from taut.quant.choose import asked, choose
 from taut.quant.config import BitsAndBytesConfig
+
+Self = TypeVar("Self", bound="PreTrainedModel")
 
 # What a file may hold beside its weights: angles that older exports stored, and a head that is tied anyway.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached", "*.masked_bias")
@@ -47,60 +45,34 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
 )
 
 
-class ModelOutput(dict):
-    """A result whose fields are keys, attributes and, in order, items; fields that are None are absent."""
+class PreTrainedModel(nn.Module):
+    """A model that a checkpoint can be loaded into. Weights are empty until `from_pretrained`,
+    `from_config` or `init_weights`; a subclass adds its modules and its `forward`."""
 
-    def __init__(self, **fields: Any):
-        super().__init__({name: value for name, value in fields.items() if value is not None})
-        self._names = tuple(fields)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self:
-            return self[name]
-        if not name.startswith("_") and name in self._names:
-            return None
-        raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has: {', '.join(self._names)}")
-
-    def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self.values())
-
-
-class CausalLM(nn.Module):
-    """A decoder with a language-model head.
-
-    `model.decoder(batch)` is the packed call that everything goes through; `model(input_ids, ...)` and
-    `model.generate(...)` are the padded ones. Weights are empty until `from_pretrained` or `init_weights`.
-    """
-
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.generation_config = GenerationConfig.from_dict(_token_ids(config))
-        self.model = Decoder(config, dtype=dtype)
-        self.lm_head = None
-        if not config.tied:
-            width = config.embed_dim or config.dim
-            self.lm_head = Linear(width, config.vocab_size, bias=config.head_bias, dtype=dtype)
+        self.generation_config: GenerationConfig | None = None  # of models that generate
         self.quantization_config: BitsAndBytesConfig | None = None
-        self.eval()
 
     # ------------------------------------------------------------------------------------ what it is
 
-    @property
-    def decoder(self) -> Decoder:
-        """`decoder(batch) -> hidden [tokens, dim]`."""
-        return self.model
+    def blocks(self) -> Iterator[Block]:
+        """Every block, in order of computation."""
+        return (module for module in self.modules() if isinstance(module, Block))
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return next(self._tensors()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        """What the model computes in: that of its first parameter, an embedding, which is never packed."""
+        return next(self._tensors()).dtype
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters()
+        yield from self.buffers()
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters, a tied head counted once."""
@@ -136,87 +108,7 @@ class CausalLM(nn.Module):
         """Whether any linear layer is held packed."""
         return any(isinstance(module, Packed) for module in self.modules())
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens if self.lm_head is None else self.lm_head
-
     # ------------------------------------------------------------------------------------ computing
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits `[n, vocab]` (float64 for a float64 model) of hidden states `[n, dim]`."""
-        scores = self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if self.config.logit_scale is not None:
-            scores = scores * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            scores = self.config.logit_softcap * torch.tanh(scores / self.config.logit_softcap)
-        return scores
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
-        logits_to_keep: int = 0,
-        num_items_in_batch: int | Tensor | None = None,
-    ) -> ModelOutput | tuple[Any, ...]:
-        """Logits, and the loss where `labels` are given, in the padded shape.
-
-        `input_ids` `[rows, width]` int64 (or `inputs_embeds` `[rows, width, dim]`), `attention_mask`
-        `[rows, width]` with padding anywhere, `position_ids` `[rows, width]` that may restart to mark
-        packed sequences, `labels` `[rows, width]` with -100 where there is nothing to predict. Each row is
-        computed as if it were alone. Gives `loss` (mean over predicted tokens, or their sum divided by
-        `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
-        `logits_to_keep` positions alone, if positive) and `hidden_states` if asked.
-
-        Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise RequestError("give exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None:
-            raise RequestError("past_key_values is not supported by forward; model.generate keeps the cache")
-        if output_attentions:
-            raise RequestError("output_attentions is not supported: attention weights are never materialised")
-        if input_ids is not None:
-            self._check_ids(input_ids)
-        batch, padding = pack(input_ids, attention_mask, position_ids, inputs_embeds)
-        with self._collect(output_hidden_states) as states:
-            hidden = self.decoder(batch)
-        kept = hidden
-        if logits_to_keep:
-            keep = padding.index % padding.width >= padding.width - logits_to_keep
-            kept = hidden[keep]
-            padding = replace(
-                padding,
-                index=padding.index[keep] // padding.width * logits_to_keep
-                + padding.index[keep] % padding.width
-                - (padding.width - logits_to_keep),
-                width=logits_to_keep,
-            )
-        logits = self.logits(kept)
-        loss = None
-        if labels is not None:
-            if labels.shape != (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]:
-                raise RequestError(f"labels has shape {list(labels.shape)}; expected the shape of the inputs")
-            if logits_to_keep:
-                raise RequestError("labels need every position's logits; leave logits_to_keep at 0")
-            loss = _loss(logits, padding.pack(labels.to(logits.device)), batch, num_items_in_batch)
-        output = ModelOutput(
-            loss=loss,
-            logits=padding.unpack(logits),
-            past_key_values=None,
-            hidden_states=tuple(padding.unpack(state) for state in states) or None,
-        )
-        return output if return_dict else output.to_tuple()
 
     def prepare_inference(self) -> None:
         """Bring weights into the layout in which inference reads them fastest, one at a time; they go back
@@ -227,52 +119,11 @@ class CausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.block()
-        if self.lm_head is None:
-            self.model.embed_tokens.block()
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Continue prompts; see `taut.engine.generate.generate`, which documents every option."""
-        return generate(self, *args, **kwargs)
-
-    def stream(self, *args: Any, **kwargs: Any) -> Stream:
-        """Continue one prompt piece by piece; see `taut.engine.generate.stream`."""
-        return stream(self, *args, **kwargs)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise RequestError(f"input_ids is {ids.dtype} {list(ids.shape)}; expected int64 [rows, width]")
-        # Looking at values on a GPU would wait for it; there the embedding kernel reports them itself.
-        if ids.device.type == "cpu" and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                row, column = (ids == bad).nonzero()[0].tolist()
-                raise RequestError(
-                    f"input_ids[{row}, {column}] is {bad}; the vocabulary has ids 0 to "
-                    f"{self.config.vocab_size - 1}: is the tokenizer the one of this model?"
-                )
 
     @contextmanager
-    def _collect(self, wanted: bool) -> Iterator[list[Tensor]]:
-        """What enters each block, and what leaves the decoder, as they are computed."""
-        states: list[Tensor] = []
-        hooks = []
-        if wanted:
-            hooks = [
-                layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
-                for layer in self.model.layers
-            ]
-            hooks.append(self.model.register_forward_hook(lambda _m, _i, out: states.append(out)))
-        try:
-            yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @torch.no_grad()
-    def locate_nonfinite(self, batch: Batch) -> str:
-        """The first module whose weights or output are not finite for this batch, in order of computation;
-        runs the batch once more."""
+    def _first_nonfinite(self) -> Iterator[list[str]]:
+        """The first module, in order of computation inside the block, whose weights or output are not
+        finite."""
         found: list[str] = []
 
         def hook(name: str) -> Any:
@@ -288,17 +139,20 @@ class CausalLM(nn.Module):
         leaves = [(n, m) for n, m in self.named_modules() if not any(m.children())]
         hooks = [module.register_forward_hook(hook(name)) for name, module in leaves]
         try:
-            self.logits(self.decoder(batch))
+            yield found
         finally:
             for handle in hooks:
                 handle.remove()
-        return found[0] if found else "the head's logits"
 
     # ------------------------------------------------------------------------------------ loading, saving
 
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of tensors that a checkpoint may hold beside those of this model."""
+        return ()
+
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Self],
         name: str | Path,
         *,
         dtype: torch.dtype | str | None = "auto",
@@ -319,7 +173,7 @@ class CausalLM(nn.Module):
         progress: bool | None = None,
         model_type: str | None = None,
         **unknown: Any,
-    ) -> CausalLM:
+    ) -> Self:
         """Load a folder, a `.gguf` file or a Hub id.
 
         `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and 8-bit GGUF
@@ -375,8 +229,7 @@ class CausalLM(nn.Module):
             kind,
             keep_blocks=keep and bool(checkpoint.metadata),
         )
-        ignored = (*_IGNORED, *getattr(family(config.model_type), "IGNORED", ()))
-        ignored = (*ignored, "lm_head.weight") if config.tied else ignored
+        ignored = (*_IGNORED, *getattr(family(config.model_type), "IGNORED", ()), *model.ignored())
         with _progress(progress, str(name)) as report:
             weights.load(
                 model,
@@ -389,21 +242,27 @@ class CausalLM(nn.Module):
                 progress=report,
             )
         model.quantization_config = packing.config
-        model.generation_config = GenerationConfig.from_dict({**_token_ids(config), **checkpoint.generation})
+        if model.generation_config is not None:
+            own = model.generation_config.to_dict()
+            model.generation_config = GenerationConfig.from_dict({**own, **checkpoint.generation})
         model.set_attn_implementation(attn_implementation or "auto", strict=strict)
         return model.eval()
 
     @classmethod
     def from_config(
-        cls, config: ModelConfig | dict[str, Any], *, dtype: torch.dtype | None = None, device: Any = "cpu"
-    ) -> CausalLM:
+        cls: type[Self],
+        config: ModelConfig | dict[str, Any],
+        *,
+        dtype: torch.dtype | None = None,
+        device: Any = "cpu",
+    ) -> Self:
         """A model with random weights, from a `ModelConfig` or a `config.json` as a dict."""
         config = config if isinstance(config, ModelConfig) else read_config(config)
         with torch.device("meta"):
             model = cls(config, dtype=dtype or config.dtype or torch.float32)
         return model.to_empty(device=device).init_weights()
 
-    def init_weights(self, std: float = 0.02) -> CausalLM:
+    def init_weights(self: Self, std: float = 0.02) -> Self:
         """Fill in place: matrices from N(0, std), norms with the identity, biases with zero."""
         for name, param in self.named_parameters():
             module = self.get_submodule(name.rpartition(".")[0])
@@ -440,7 +299,7 @@ class CausalLM(nn.Module):
             warnings.warn(
                 "flash_attention_2 runs on GPUs; move the model there: model.to('cuda')", stacklevel=2
             )
-        for layer in self.model.layers:
+        for layer in self.blocks():
             if only is not None and self.device.type != "meta" and not moves:
                 self._require(layer.self_attn, only, name)
             layer.self_attn.only = only
@@ -473,28 +332,8 @@ class CausalLM(nn.Module):
         source["dtype"] = str(self.dtype).removeprefix("torch.")
         source["architectures"] = [self.config.architecture]
         (folder / "config.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n", "utf-8")
-        self.generation_config.save_pretrained(folder)
-
-
-def _loss(logits: Tensor, labels: Tensor, batch: Batch, items: int | Tensor | None) -> Tensor:
-    """Cross-entropy of each token's logits against the next token of its row."""
-    targets = torch.full_like(labels, -100)
-    targets[:-1] = labels[1:]
-    targets[
-        batch.starts[1:][batch.starts.diff() > 0].long() - 1
-    ] = -100  # a row's last token predicts nothing
-    if items is None:
-        return F.cross_entropy(logits, targets, ignore_index=-100)
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / items
-
-
-def _token_ids(config: ModelConfig) -> dict[str, Any]:
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids) or None,
-        "pad_token_id": config.pad_token_id,
-    }
-    return {name: value for name, value in ids.items() if value is not None}
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
 
 
 _LATER = {
@@ -510,7 +349,7 @@ def _reject(unknown: dict[str, Any]) -> None:
             if value not in (None, False):
                 raise RequestError(f"{name}={value!r}: {_LATER[name]} is not in this release; leave it out")
             continue
-        known = [p for p in CausalLM.from_pretrained.__kwdefaults__ if p != "unknown"]
+        known = [p for p in PreTrainedModel.from_pretrained.__kwdefaults__ if p != "unknown"]
         raise RequestError(
             f"from_pretrained has no option {name!r}{nearest(name, known)}; known: {', '.join(known)}"
         )
