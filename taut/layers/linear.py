@@ -50,8 +50,7 @@ class Linear(nn.Module):
         """`residual + glu(norm(x) W^T + b)`, each part only where given: what stands around a product in a
         block is part of the call, since for a few rows on a GPU one kernel does it all."""
         if self.packed is not None:
-            y = self.packed(x if norm is None else norm(x), self.bias)
-            return self._after(y, act, residual)
+            return self.packed(x if norm is None else norm(x), self.bias, act, residual)
         if self.weight.is_mkldnn and torch.is_grad_enabled():
             self.unblock()
         if fuses(x, self.weight):

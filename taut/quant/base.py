@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taut.kernels.dispatch import ops
+
 
 class Packed(nn.Module):
     """A weight `[out_features, in_features]` in some small format, or several stacked along the output.
@@ -58,25 +60,45 @@ class Packed(nn.Module):
         """`x W^T + bias` for `x` `[tokens, in_features]`, without gradients."""
         return F.linear(x, self.dequantize(x.dtype), bias)
 
+    def fused(
+        self, x: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None
+    ) -> Tensor | None:
+        """`residual + glu(x W^T + bias)` as `forward` gives it, by a kernel that does it all, without
+        gradients; None where there is none for this input."""
+        return None
+
     def runs_on(self, x: Tensor) -> str:
         """What computes the product of an input like `x`, for people to read."""
         return f"{self.kind}: unpacked, then dense"
 
     # The rest follows from them.
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x W^T + bias`, `[..., in_features] -> [..., out_features]`; gradients flow to `x` and `bias`."""
-        if x.dim() == 2 and self.compute is None and not torch.is_grad_enabled():
-            return self.product(x, bias)  # a decode step is many of these
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`residual + glu(x W^T + bias)`, `[..., in_features] -> [..., out_features]` (half as many with
+        `act`), each part only where given; gradients flow to `x`, `bias` and `residual`."""
         dtype = x.dtype
         flat = x.reshape(-1, self.in_features)
-        if self.compute is not None and self.compute is not dtype:
-            flat, bias = flat.to(self.compute), None if bias is None else bias.to(self.compute)
-        if torch.is_grad_enabled() and (flat.requires_grad or (bias is not None and bias.requires_grad)):
-            y = _Product.apply(flat, bias, self)
-        else:
-            y = self.product(flat, bias)
-        return y.to(dtype).view(*x.shape[:-1], self.out_features)
+        compute = self.compute or dtype
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual))
+        if not grad and compute is dtype:
+            rest = None if residual is None else residual.reshape(flat.shape[0], -1)
+            y = self.fused(flat, bias, act, rest)
+            if y is not None:
+                return y.view(*x.shape[:-1], y.shape[-1])
+        if compute is not dtype:
+            flat, bias = flat.to(compute), None if bias is None else bias.to(compute)
+        y = _Product.apply(flat, bias, self) if grad else self.product(flat, bias)
+        y = y.to(dtype)
+        if act is not None:
+            y = ops("act", y).glu(y, act)
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y if residual is None else residual + y
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """`grad W` for `grad` `[tokens, out_features]`."""

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +19,8 @@ from torch import Tensor
 
 from taut.errors import CheckpointError
 from taut.kernels.dispatch import device_refuses
+from taut.kernels.packed import Scales
 from taut.quant.base import Packed
-
-if TYPE_CHECKING:
-    from taut.kernels import packed_triton
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # scales in a block of the second quantization
@@ -183,38 +180,39 @@ class Blockwise(Packed):
         spread = [t.repeat_interleave(NESTED)[:count] for t in (self.nested, self.offset)]
         return values.mul_(spread[0]).add_(spread[1])
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self._refused(x) is None:
-            from taut.kernels import packed_triton
+    def fused(
+        self, x: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None
+    ) -> Tensor | None:
+        if self._refused(x) is not None:
+            return None
+        from taut.kernels import packed_rows
 
-            return packed_triton.product4(
-                x,
-                self.codes,
-                code_values(self.kind, x.device),
-                _host_values(self.kind),
-                self._kernel_scales(),
-                self.block,
-                self.out_features,
-                bias,
-            )
-        return super().product(x, bias)
+        return packed_rows.product(
+            x,
+            self.codes,
+            self._kernel_scales(),
+            self.out_features,
+            values=_host_values(self.kind),
+            block=self.block,
+            bias=bias,
+            act=act,
+            residual=residual,
+        )
 
     def runs_on(self, x: Tensor) -> str:
         why = self._refused(x)
-        return f"{self.kind}: {'kernel' if why is None else f'unpacked, then dense ({why})'}"
+        return f"{self.kind}: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
 
     def _refused(self, x: Tensor) -> str | None:
-        """Why the kernels can't take `x`, or None."""
+        """Why the kernel can't take `x`, or None."""
         why = device_refuses(x.device)
         if why is None:
-            from taut.kernels import packed_triton
+            from taut.kernels import packed_rows
 
-            why = packed_triton.refuses(x, self.block)
+            why = packed_rows.refuses(x, self.block)
         return why
 
-    def _kernel_scales(self) -> packed_triton.Scales:
-        from taut.kernels.packed_triton import Scales
-
+    def _kernel_scales(self) -> Scales:
         if not self.double:
             return Scales(self.absmax)
         return Scales(self.absmax, scale_values(self.absmax.device), self.nested, self.offset)

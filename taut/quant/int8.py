@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taut.errors import CheckpointError
 from taut.kernels.dispatch import device_refuses
+from taut.kernels.packed import Scales
 from taut.quant.base import Packed
 
 NAMES = ("SCB", "weight_format")
@@ -69,13 +70,25 @@ class Int8(Packed):
             "weight_format": torch.tensor(_ROW_FORMAT, dtype=torch.uint8),
         }
 
+    def fused(
+        self, x: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None
+    ) -> Tensor | None:
+        if device_refuses(x.device) is not None:
+            return None
+        from taut.kernels import int8_triton, packed_rows
+
+        if packed_rows.refuses(x) is None:
+            return packed_rows.product(
+                x, self.values, Scales(self.scale), self.out_features, bias=bias, act=act, residual=residual
+            )
+        if x.shape[0] > packed_rows.MAX_ROWS and int8_triton.refuses(x) is None:
+            return int8_triton.product(x, self.values, self.scale, self.threshold, bias, act, residual)
+        return None
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if device_refuses(x.device) is None:
-            from taut.kernels import packed_triton
-
-            if packed_triton.refuses(x) is None:
-                return packed_triton.product8(x, self.values, self.scale, bias)
-            return super().product(x, bias)
+            y = self.fused(x, bias, None, None)
+            return super().product(x, bias) if y is None else y
         if x.shape[0] == 1:
             return self._one_row(x, bias)
         if x.shape[0] == 0:
@@ -92,10 +105,14 @@ class Int8(Packed):
 
     def runs_on(self, x: Tensor) -> str:
         if device_refuses(x.device) is None:
-            from taut.kernels import packed_triton
+            from taut.kernels import int8_triton, packed_rows
 
-            why = packed_triton.refuses(x)
-            return f"int8: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
+            few, many = packed_rows.refuses(x), int8_triton.refuses(x)
+            if few is None:
+                return "int8: few-row kernel"
+            if x.shape[0] > packed_rows.MAX_ROWS and many is None:
+                return "int8: LLM.int8() kernel"
+            return f"int8: unpacked, then dense ({many or few})"
         if x.shape[0] > 1:
             return "int8: LLM.int8()"
         fast = x.device.type == "cpu" and x.dtype is torch.bfloat16
