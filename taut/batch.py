@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class PagedKV:
     | `slots` | `[tokens]` int64 | where each new key goes: `page * page_size + offset` |
     | `longest` | int | largest of `lengths`, on the host |
     | `first` | int or None | a lone row whose pages lie one after the other: the first of them, on the host |
+    | `fresh` | bool | every key of these rows is one of this batch's own: nothing was cached before |
     """
 
     keys: tuple[Tensor, ...]
@@ -31,10 +32,15 @@ class PagedKV:
     slots: Tensor
     longest: int
     first: int | None = None
+    fresh: bool = False
 
     @property
     def page_size(self) -> int:
         return self.keys[0].shape[1]
+
+
+# What the entries of a batch's tensors stand for, along dimension 0.
+EACH_TOKEN, EACH_ROW, EACH_BOUNDARY = ({"each": kind} for kind in ("token", "row", "boundary"))
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,13 @@ class Batch:
 longer than what this batch holds (chunked prefill); None: a row ends at its last token here |
     """
 
-    ids: Tensor | None
-    positions: Tensor
-    starts: Tensor
+    ids: Tensor | None = field(metadata=EACH_TOKEN)
+    positions: Tensor = field(metadata=EACH_TOKEN)
+    starts: Tensor = field(metadata=EACH_BOUNDARY)
     longest: int
     kv: PagedKV | None = None
-    embeds: Tensor | None = None
-    totals: Tensor | None = None
+    embeds: Tensor | None = field(default=None, metadata=EACH_TOKEN)
+    totals: Tensor | None = field(default=None, metadata=EACH_ROW)
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.embeds is None):
@@ -91,20 +97,35 @@ longer than what this batch holds (chunked prefill); None: a row ends at its las
 
 @dataclass(frozen=True)
 class Padding:
-    """Where packed tokens stand in their padded `[rows, width]` grid: `index` `[tokens]` int64, flat."""
+    """Where packed tokens stand in their padded `[rows, width]` grid: `index` `[tokens]` int64, flat; None
+    where the grid is full."""
 
-    index: Tensor
+    index: Tensor | None
     rows: int
     width: int
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[rows, width, ...]` -> `[tokens, ...]`."""
-        return padded.flatten(0, 1).index_select(0, self.index)
+        flat = padded.flatten(0, 1)
+        return flat if self.index is None else flat.index_select(0, self.index)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`[tokens, ...]` -> `[rows, width, ...]` with zeros where nothing was."""
-        out = packed.new_zeros(self.rows * self.width, *packed.shape[1:])
-        return out.index_copy(0, self.index, packed).unflatten(0, (self.rows, self.width))
+        if self.index is not None:
+            out = packed.new_zeros(self.rows * self.width, *packed.shape[1:])
+            packed = out.index_copy(0, self.index, packed)
+        return packed.unflatten(0, (self.rows, self.width))
+
+    def last(self, packed: Tensor, columns: int) -> tuple[Tensor, Padding]:
+        """What stands in the last `columns` columns of the grid, and where it stands in these."""
+        columns = min(columns, self.width)
+        if self.index is None:
+            kept = packed.unflatten(0, (self.rows, self.width))[:, self.width - columns :].flatten(0, 1)
+            return kept, Padding(None, self.rows, columns)
+        column = self.index % self.width - (self.width - columns)
+        keep = (column >= 0).nonzero().squeeze(1)
+        index = (self.index // self.width * columns + column).index_select(0, keep)
+        return packed.index_select(0, keep), Padding(index, self.rows, columns)
 
 
 def pack(
@@ -124,6 +145,16 @@ def pack(
     given = input_ids if inputs_embeds is None else inputs_embeds
     rows, width = given.shape[:2]
     device = given.device
+    if attention_mask is None and position_ids is None:  # nothing to look for, and no wait for the device
+        padding = Padding(None, rows, width)
+        batch = Batch(
+            ids=None if inputs_embeds is not None else padding.pack(input_ids),
+            embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),
+            positions=torch.arange(width, dtype=torch.int32, device=device).repeat(rows),
+            starts=torch.arange(rows + 1, dtype=torch.int32, device=device) * width,
+            longest=width if rows else 0,
+        )
+        return batch, padding
     if attention_mask is None:
         real = torch.ones(rows, width, dtype=torch.bool, device=device)
     elif attention_mask.shape != (rows, width):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from taut.batch import Batch, PagedKV
-from taut.config import Moe
+from taut.engine.replay import graphs_refuse
 from taut.engine.request import Request
 from taut.engine.runner import Runner
 from taut.engine.scheduler import Work
 from taut.kernels.attention import Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
-from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.sample import Sampling, sample
+from taut.layers.attention import Attention
 
 # A graph is captured for so many rows; a step of fewer leaves the others idle.
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -29,16 +29,12 @@ LEAST_PAGES = 32
 
 def refuses(model) -> str | None:
     """Why decode steps of a model can't be graphs, or None."""
-    if (why := device_refuses(torch.device(model.device))) is not None:
+    if (why := graphs_refuse(model.decoder, torch.device(model.device), model.dtype)) is not None:
         return why
-    for block in model.decoder.layers:
-        if isinstance(block.config.mlp, Moe):
-            return f"layer {block.self_attn.index} waits to know how many tokens each expert has"
-        attn = block.self_attn
-        q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=model.dtype, device=model.device)
-        if (why := triton_refuses(q)) is not None:
-            return why
-        kv = q.new_empty(1, 1, attn.config.kv_heads, attn.config.head_dim)
+    for attn in (m for m in model.decoder.modules() if isinstance(m, Attention)):
+        c = attn.config
+        q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
+        kv = q.new_empty(1, 1, c.kv_heads, c.head_dim)
         row = torch.zeros(1, dtype=torch.int32, device=q.device)
         offers = explain(q, 1, attn.scoring, Pages(kv, kv, row[None], row, 1), attn.only)
         chosen = next((name for name, why in offers if why is None), None)

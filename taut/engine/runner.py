@@ -11,6 +11,7 @@ from torch import Tensor
 
 from taut.batch import Batch, PagedKV
 from taut.config import Dynamic
+from taut.engine.replay import Replays
 from taut.engine.request import Request
 from taut.engine.scheduler import Work
 
@@ -33,6 +34,7 @@ class Runner:
         self.model, self.page_size, self.device = model, page_size, torch.device(model.device)
         if prepare := getattr(model, "prepare_inference", None):
             prepare()
+        self.replays = Replays(model, model.decoder)
         attentions = [layer.attn for layer in model.config.layers]
 
         def cache() -> tuple[Tensor, ...]:
@@ -54,7 +56,7 @@ class Runner:
     def __call__(self, work: list[Work]) -> Tensor | None:
         """Compute the work; logits `[ready, vocab]` of the work that is ready, None where none is."""
         batch, last = self._build(work)
-        hidden = self.model.decoder(batch)  # [tokens, dim]
+        hidden = self.replays(batch)  # [tokens, dim]
         if last.shape[0] == 0:
             return None
         return self.model.logits(hidden if last.shape[0] == batch.tokens else hidden.index_select(0, last))
@@ -125,7 +127,9 @@ class Runner:
         if count == 1:
             pages = rows[0].request.pages[:width]
             first = pages[0] if pages == list(range(pages[0], pages[0] + width)) else None
-        kv = PagedKV(self.keys, self.values, table.view(count, width), lengths, slots, longest, first)
+        fresh = all(row.start == 0 for row in rows)
+        table = table.view(count, width)
+        kv = PagedKV(self.keys, self.values, table, lengths, slots, longest, first, fresh)
         return Batch(ids, positions, starts, widest, kv=kv, totals=totals), last
 
     def _host(self, size: int) -> Tensor:

@@ -55,6 +55,7 @@ def rotate_and_store(
     eps: float = 0.0,
     offset: float = 0.0,
     interleaved: bool = False,
+    keep_keys: bool = False,
 ) -> Tensor:
     """Norm and rotate the query and key heads of a fused projection and write keys and values to the cache.
 
@@ -62,7 +63,8 @@ def rotate_and_store(
     `rotate` takes them, as is `interleaved`, None for no rotation. `keys`, `values` `[pages, page_size,
     kv_heads, head_dim]` are written at `slots` `[tokens]` (`page * page_size + offset`; a negative slot is
     not written). `q_weight`, `k_weight` `[head_dim]`: RMSNorm of each head before the rotation, with `eps`
-    and `offset`. Gives the queries, `[tokens, heads, head_dim]`.
+    and `offset`. Gives the queries, `[tokens, heads, head_dim]`, and with `keep_keys` the keys behind them,
+    `[tokens, heads + kv_heads, head_dim]`.
     """
     split = qkv.unflatten(-1, (heads + 2 * kv_heads, keys.shape[-1]))
     qk, v = split[:, : heads + kv_heads], split[:, heads + kv_heads :]
@@ -71,7 +73,7 @@ def rotate_and_store(
         qk = torch.cat((q, k), 1)
     if cos is not None:
         qk = rotate(qk, cos, sin, interleaved)
-    q, k = qk[:, :heads], qk[:, heads:]
+    k = qk[:, heads:]
     if slots.is_cpu and min(slots.tolist(), default=0) >= 0:
         keys.flatten(0, 1).index_copy_(0, slots, k)
         values.flatten(0, 1).index_copy_(0, slots, v)
@@ -79,4 +81,4 @@ def rotate_and_store(
         kept = slots >= 0
         keys.flatten(0, 1).index_copy_(0, slots[kept], k[kept])
         values.flatten(0, 1).index_copy_(0, slots[kept], v[kept])
-    return q
+    return qk if keep_keys else qk[:, :heads]

@@ -97,6 +97,7 @@ def _store(
     head_dim,
     dim,
     qkv_token,
+    kept,
     eps,
     offset,
     ROTATE: tl.constexpr,
@@ -108,7 +109,7 @@ def _store(
     REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Heads of one token: query heads, then key heads, then value heads."""
+    """Heads of one token: query heads, then key heads, then value heads. The first `kept` go to `q_out`."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     half = dim // 2
@@ -128,9 +129,10 @@ def _store(
     is_k = (head >= heads) & (head < heads + kv_heads) & (slot >= 0)
     is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads) & (slot >= 0)
     turns = head < heads + kv_heads
+    is_kept = head < kept
     real = head < heads + 2 * kv_heads
     source = qkv + token * qkv_token + head * head_dim
-    to_q = q_out + (token * heads + head) * head_dim
+    to_q = q_out + (token * kept + head) * head_dim
     to_k = keys + (slot * kv_heads + head - heads) * head_dim
     to_v = values + (slot * kv_heads + head - heads - kv_heads) * head_dim
     a = tl.load(source + first, mask=real & pair, other=0.0)
@@ -166,14 +168,14 @@ def _store(
                 r = tl.where(turns, (r * rstd).to(narrow).to(tl.float32) * wr, r)
     if ROTATE:
         a, b = tl.where(turns, a * c - b * s, a), tl.where(turns, b * c + a * s, b)
-    tl.store(to_q + first, a, mask=is_q & pair)
-    tl.store(to_q + second, b, mask=is_q & pair)
+    tl.store(to_q + first, a, mask=is_kept & pair)
+    tl.store(to_q + second, b, mask=is_kept & pair)
     tl.store(to_k + first, a, mask=is_k & pair)
     tl.store(to_k + second, b, mask=is_k & pair)
     tl.store(to_v + first, a, mask=is_v & pair)
     tl.store(to_v + second, b, mask=is_v & pair)
     if REST:
-        tl.store(to_q + last, r, mask=is_q & more)
+        tl.store(to_q + last, r, mask=is_kept & more)
         tl.store(to_k + last, r, mask=is_k & more)
         tl.store(to_v + last, r, mask=is_v & more)
 
@@ -283,6 +285,7 @@ def rotate_and_store(
     eps: float = 0.0,
     offset: float = 0.0,
     interleaved: bool = False,
+    keep_keys: bool = False,
 ) -> Tensor:
     """As `kernels.rope.rotate_and_store`, in one launch. No gradients."""
     tokens, head_dim = qkv.shape[0], keys.shape[-1]
@@ -299,7 +302,8 @@ def rotate_and_store(
         cos, sin, dim = cos.contiguous(), sin.contiguous(), cos.shape[-1]
     elif head_dim % 2:
         dim = head_dim - 1  # the last feature is the rest; nothing turns
-    out = qkv.new_empty(tokens, heads, head_dim)
+    kept = heads + kv_heads if keep_keys else heads
+    out = qkv.new_empty(tokens, kept, head_dim)
     if tokens:
         half, rest = _sizes(dim, head_dim)
         many = max(512 // half, 1)
@@ -318,6 +322,7 @@ def rotate_and_store(
             head_dim,
             dim,
             qkv.stride(0),
+            kept,
             eps,
             offset,
             ROTATE=cos is not None,

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x, norm=norm)  # [tokens, (heads + 2 kv_heads) * head_dim]
         if c.clip is not None:
             qkv = qkv.clamp(-c.clip, c.clip)
-        k = v = pages = None
+        pages = None
         if batch.kv is None:
             q, k, v = self._heads(qkv, rotation)
         else:
@@ -54,7 +54,8 @@ class Attention(nn.Module):
             pages = Pages(
                 kv.keys[self.index], kv.values[self.index], kv.pages, kv.lengths, kv.longest, kv.first
             )
-            q = self._store(qkv, rotation, pages, kv.slots)
+            q, k, v = self._store(qkv, rotation, pages, kv.slots, kv.fresh)
+            pages = None if kv.fresh else pages
         if self.scoring.slopes is not None and self.scoring.slopes.device != q.device:
             self.scoring = replace(self.scoring, slopes=self.scoring.slopes.to(q.device))
         out = attention(q, k, v, batch.starts, batch.longest, self.scoring, pages, self.only)
@@ -73,9 +74,10 @@ class Attention(nn.Module):
         return qk[:, : c.heads], qk[:, c.heads :], v
 
     def _store(
-        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, pages: Pages, slots: Tensor
-    ) -> Tensor:
-        """The queries as `_heads` gives them; the keys and values go to their slots in the cache."""
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, pages: Pages, slots: Tensor, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `_heads` gives, keys and values only if asked to `keep` them; they go to their slots in the
+        cache."""
         c, norms = self.config, {}
         if c.qk_norm is not None and c.qk_norm.kind == "rms" and c.qk_norm_of == "head":
             norms = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight}
@@ -83,7 +85,7 @@ class Attention(nn.Module):
         elif c.qk_norm is not None:  # a norm that the kernel hasn't
             qkv = torch.cat(self._heads(qkv, None), 1).flatten(1)
         cos, sin = rotation if rotation is not None else (None, None)
-        return ops("rope", qkv).rotate_and_store(
+        qk = ops("rope", qkv).rotate_and_store(
             qkv,
             c.heads,
             c.kv_heads,
@@ -93,8 +95,12 @@ class Attention(nn.Module):
             pages.values,
             slots,
             interleaved=c.rope is not None and c.rope.interleaved,
+            keep_keys=keep,
             **norms,
         )
+        if not keep:
+            return qk, None, None
+        return qk[:, : c.heads], qk[:, c.heads :], qkv.unflatten(-1, (-1, c.head_dim))[:, -c.kv_heads :]
 
     def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
         """`heads` `[tokens, heads, head_dim]` under a query or key norm."""

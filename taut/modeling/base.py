@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from taut import weights
+from taut.batch import Batch
 from taut.checkpoint import open_checkpoint, write_safetensors
 from taut.config import ModelConfig
 from taut.engine.generation import GenerationConfig
+from taut.engine.replay import Replays
 from taut.errors import ConfigError, RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import explain
@@ -54,6 +56,7 @@ class PreTrainedModel(nn.Module):
         self.config = config
         self.generation_config: GenerationConfig | None = None  # of models that generate
         self.quantization_config: BitsAndBytesConfig | None = None
+        self._replays: Replays | None = None
 
     # ------------------------------------------------------------------------------------ what it is
 
@@ -109,6 +112,13 @@ class PreTrainedModel(nn.Module):
         return any(isinstance(module, Packed) for module in self.modules())
 
     # ------------------------------------------------------------------------------------ computing
+
+    def packed(self, module: nn.Module, batch: Batch) -> Tensor:
+        """`module(batch)` for one of this model's packed modules; on a GPU by a CUDA graph where launching
+        its kernels would take longer than they do, and no gradient is wanted."""
+        if self._replays is None or self._replays.module is not module:
+            self._replays = Replays(self, module)
+        return self._replays(batch)
 
     def prepare_inference(self) -> None:
         """Bring weights into the layout in which inference reads them fastest, one at a time; they go back

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,18 +103,8 @@ class CausalLM(PreTrainedModel):
             self._check_ids(input_ids)
         batch, padding = pack(input_ids, attention_mask, position_ids, inputs_embeds)
         with self._collect(output_hidden_states) as states:
-            hidden = self.decoder(batch)
-        kept = hidden
-        if logits_to_keep:
-            keep = padding.index % padding.width >= padding.width - logits_to_keep
-            kept = hidden[keep]
-            padding = replace(
-                padding,
-                index=padding.index[keep] // padding.width * logits_to_keep
-                + padding.index[keep] % padding.width
-                - (padding.width - logits_to_keep),
-                width=logits_to_keep,
-            )
+            hidden = self.packed(self.decoder, batch)
+        kept, grid = (hidden, padding) if not logits_to_keep else padding.last(hidden, logits_to_keep)
         logits = self.logits(kept)
         loss = None
         if labels is not None:
@@ -126,7 +115,7 @@ class CausalLM(PreTrainedModel):
             loss = _loss(logits, padding.pack(labels.to(logits.device)), batch, num_items_in_batch)
         output = ModelOutput(
             loss=loss,
-            logits=padding.unpack(logits),
+            logits=grid.unpack(logits),
             past_key_values=None,
             hidden_states=tuple(padding.unpack(state) for state in states) or None,
         )

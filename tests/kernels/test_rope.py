@@ -58,8 +58,8 @@ def agree_store(
         cache = [torch.zeros(5, 16, kv_heads, head_dim, device=device, dtype=wide) for _ in range(2)]
         c, s, *w = (None if t is None else t.to(wide) for t in (cos, sin, *weights))
         call = (qkv.to(wide), heads, kv_heads, c, s, *cache, slots, *w, 1e-6, offset, interleaved)
-        q = module.rotate_and_store(*call)
-        results.append((q, *cache))
+        q, qk = module.rotate_and_store(*call), module.rotate_and_store(*call, keep_keys=True)
+        results.append((q, qk, *cache))
     for g, want in zip(*results, strict=True):
         assert g.shape == want.shape and distance(g, want) < BOUNDS[dtype]
 
@@ -100,7 +100,14 @@ def test_compiles() -> None:
     pointers = ["x", "cos", "sin", "out", "qkv", "q_weight", "k_weight", "q_out", "keys", "values"]
     common = dict.fromkeys(pointers, "*bf16:16")
     common |= dict.fromkeys(("head_dim", "dim", "x_token", "x_head", "qkv_token"), "i32:16")
-    common |= {"slots": "*i64", "heads": "i32", "kv_heads": "i32", "eps": "fp32", "offset": "fp32"}
+    common |= {
+        "slots": "*i64",
+        "heads": "i32",
+        "kv_heads": "i32",
+        "kept": "i32",
+        "eps": "fp32",
+        "offset": "fp32",
+    }
     common |= {"HEADS": 8, "HALF": 64, "REST": 32, "SIGN": -1}
     common |= dict.fromkeys(("PAIRS", "ROTATE", "NORM", "SHIFT"), True)
     turns = {"positions": "*i32", "frequencies": "*fp32", "half": "i32", "frequency_row": "i32"}

@@ -1,0 +1,230 @@
+"""`Replays`: packed forwards as CUDA graphs, where launching kernels would take longer than they do.
+
+A graph is for so many tokens, rows and cache pages; a batch of fewer is filled up with a row of its own, that
+no other row sees. What a batch holds lies in tensors that the graph reads: it serves any batch of its size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from taut.batch import Batch, PagedKV
+from taut.config import Moe
+from taut.kernels.attention import Pages, explain, restrictions
+from taut.kernels.device import Workspace, using
+from taut.kernels.dispatch import device_refuses, triton_refuses
+from taut.layers.attention import Attention
+from taut.layers.block import Block
+from taut.layers.linear import Linear
+
+# A block takes the host about a millisecond to launch, and a GPU of today multiplies at some 600 TFLOP/s.
+HOST_SECONDS = 1e-3
+RATE = 6e14
+MOST_GRAPHS = 32
+
+
+def graphs_refuse(module: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no graph can hold what `module` computes, whatever its attention runs on; or None."""
+    if (why := device_refuses(device)) is not None:
+        return why
+    for block in (m for m in module.modules() if isinstance(m, Block)):
+        if isinstance(block.config.mlp, Moe):
+            return f"layer {block.self_attn.index} waits to know how many tokens each expert has"
+    return triton_refuses(torch.empty(0, dtype=dtype, device=device))
+
+
+def refuses(module: nn.Module, device: torch.device, dtype: torch.dtype, cached: bool) -> str | None:
+    """Why forwards of `module`, with or without a cache, can't be graphs, or None."""
+    if (why := graphs_refuse(module, device, dtype)) is not None:
+        return why
+    for attn in (m for m in module.modules() if isinstance(m, Attention)):
+        c, pages = attn.config, None
+        q = torch.empty(1, c.heads, c.head_dim, dtype=dtype, device=device)
+        if cached:
+            kv, row = (
+                q.new_empty(1, 1, c.kv_heads, c.head_dim),
+                torch.zeros(1, dtype=torch.int32, device=device),
+            )
+            pages = Pages(kv, kv, row[None], row, 512)
+        offers = explain(q, 512, attn.scoring, pages, attn.only)
+        chosen = next((name for name, why in offers if why is None), "nothing")
+        if chosen not in ("flash", "paged"):
+            return f"layer {attn.index}'s attention runs on {chosen}, which waits for the device"
+    return None
+
+
+class Replays:
+    """The graphs of one packed module `module(batch) -> [tokens, dim]` of `model`.
+
+    A size is captured when it comes for the second time: the first run has compiled its kernels. Graphs are
+    dropped when a parameter has moved, and not used while something watches the modules (hooks) or gradients
+    are wanted. Calls may come from any thread; they run one after the other.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module):
+        self.model, self.module = model, module
+        self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+        self._seen: set[tuple[object, ...]] = set()
+        self._state: tuple[object, ...] | None = None
+        self._refused: dict[object, str | None] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """`module(batch)`, `[tokens, dim]`; by a graph where that is faster."""
+        if not batch.positions.is_cuda or torch.is_grad_enabled() or not 0 < batch.tokens <= self._most:
+            return self.module(batch)
+        with self._lock:
+            with torch.inference_mode():
+                graph = self._graph(batch)
+                if graph is not None:
+                    graph.run(batch)
+            if graph is not None:
+                # Copied outside of inference mode, unless the caller is in it: what comes of it is as usual.
+                return graph.out[: batch.tokens].clone()
+        return self.module(batch)
+
+    def __reduce__(self) -> tuple[type[Replays], tuple[nn.Module, nn.Module]]:
+        return Replays, (self.model, self.module)  # a copy of the model captures its own
+
+    @cached_property
+    def _most(self) -> int:
+        """Tokens for which launching takes as long as computing."""
+        linears = [m for m in self.module.modules() if isinstance(m, Linear)]
+        products = sum(linear.in_features * linear.out_features for linear in linears)
+        blocks = sum(isinstance(m, Attention) for m in self.module.modules())
+        return int(HOST_SECONDS * blocks * RATE / (2 * max(products, 1)))
+
+    def _graph(self, batch: Batch) -> _Graph | None:
+        state = self._watch()
+        if state is None:
+            return None
+        if state != self._state:
+            self._graphs.clear()
+            self._seen.clear()
+            self._state = state
+            self._refused.clear()
+            self._pool = torch.cuda.graph_pool_handle()
+            self._workspace = Workspace.of(batch.positions.device)
+        key = _size_of(batch)
+        where = batch.kv is not None, restrictions()
+        if where not in self._refused:
+            self._refused[where] = refuses(self.module, self.model.device, self.model.dtype, where[0])
+        if key is None or self._refused[where] is not None or batch.longest > self.model.config.context:
+            return None
+        key = (*key, where)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if key not in self._seen:
+                self._seen.add(key)
+                return None
+            if len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            with using(self._workspace):
+                graph = _Graph(self.module, batch, key, self.model.config.context, self._pool)
+            self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        return graph
+
+    def _watch(self) -> tuple[object, ...] | None:
+        """What graphs depend on besides the batch; None while a hook wants to see modules run."""
+        found: list[object] = []
+        for module in self.module.modules():
+            if module._forward_hooks or module._forward_pre_hooks or module.training:
+                return None
+            if isinstance(module, Attention):
+                found.append(module.only)
+            found += [p.data_ptr() for p in module._parameters.values() if p is not None]
+            found += [b.data_ptr() for b in module._buffers.values() if b is not None]
+        return tuple(found)
+
+
+def _up(count: int, least: int) -> int:
+    """`count` rounded up to one of 16 sizes an octave."""
+    step = max(least, 1 << max(count.bit_length() - 5, 0))
+    return -(-count // step) * step
+
+
+def _size_of(batch: Batch) -> tuple[object, ...] | None:
+    """What a graph for this batch is made for; None if it holds what a graph doesn't know."""
+    given = []
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            if "each" not in field.metadata:
+                return None
+            given.append((field.name, value.dtype))
+    tokens = _up(batch.tokens, 16)
+    rows = batch.rows + (tokens > batch.tokens)
+    rows = 1 << (rows - 1).bit_length()
+    pages = None
+    if batch.kv is not None:
+        pages = id(batch.kv.keys), 1 << max(batch.kv.pages.shape[1] - 1, 15).bit_length(), batch.kv.fresh
+    return tokens, rows, pages, tuple(given)
+
+
+class _Graph:
+    """One captured size."""
+
+    def __init__(self, module: nn.Module, batch: Batch, key: tuple[object, ...], context: int, pool):
+        self.tokens, self.rows = key[:2]
+        lengths = {"token": self.tokens, "row": self.rows, "boundary": self.rows + 1}
+        fixed: dict[str, object] = {"longest": min(self.tokens, context)}
+        for field in fields(Batch):
+            value = getattr(batch, field.name)
+            if isinstance(value, Tensor):
+                fixed[field.name] = value.new_zeros(lengths[field.metadata["each"]], *value.shape[1:])
+        if batch.kv is not None:
+            fixed["kv"] = self._pages(batch.kv, key[2][1])
+        self.batch = replace(batch, **fixed)
+        self._fill(batch)
+        self._graph = torch.cuda.CUDAGraph()
+        device = batch.positions.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            module(self.batch)
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.out = module(self.batch)
+
+    def _pages(self, kv: PagedKV, width: int) -> PagedKV:
+        new = kv.pages.new_zeros
+        return replace(
+            kv,
+            pages=new(self.rows, width),
+            lengths=new(self.rows),
+            slots=kv.slots.new_full((self.tokens,), -1),
+            longest=width * kv.page_size,
+            first=None,
+        )
+
+    def run(self, batch: Batch) -> None:
+        """Fill `out`, whose first entries are the batch's."""
+        self._fill(batch)
+        self._graph.replay()
+
+    def _fill(self, batch: Batch) -> None:
+        """The batch, and after it one row that takes up the tokens that are left; the others stay empty."""
+        for field in fields(Batch):
+            value, fixed = getattr(batch, field.name), getattr(self.batch, field.name)
+            if not isinstance(value, Tensor):
+                continue
+            fixed[: value.shape[0]].copy_(value)
+            if field.metadata["each"] == "boundary":
+                fixed[value.shape[0] :].fill_(self.tokens)
+            elif field.metadata["each"] == "row":
+                fixed[value.shape[0] :].fill_(self.tokens - batch.tokens)
+        if batch.kv is not None:
+            kv, fixed = batch.kv, self.batch.kv
+            fixed.pages[: batch.rows, : kv.pages.shape[1]].copy_(kv.pages)
+            fixed.slots[: batch.tokens].copy_(kv.slots)
+            fixed.slots[batch.tokens :].fill_(-1)
+            fixed.lengths[: batch.rows].copy_(kv.lengths)
+            fixed.lengths[batch.rows :].fill_(0)
+            fixed.lengths[batch.rows : batch.rows + 1].fill_(self.tokens - batch.tokens)

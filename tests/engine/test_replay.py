@@ -1,0 +1,98 @@
+"""Forwards by CUDA graphs on a GPU: what modules give without, for batches of any shape a graph serves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from taut import AutoModelForCausalLM
+from taut.batch import Batch
+from taut.engine import replay
+from taut.engine.engine import Engine
+from taut.engine.request import Request, SamplingParams
+from tests.families import CASES, VOCAB, checkpoint
+
+FAMILIES = ["llama", "mistral-window", "gemma2", "opt", "bloom", "phi3-longrope", "llama-rope-dynamic"]
+
+
+def load(name: str, dtype=torch.bfloat16):
+    case = next(case for case in CASES if case.name == name)
+    return AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=dtype, device="cuda")
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape and torch.isfinite(got).all()
+    assert (got.float() - want.float()).norm() <= 2e-2 * want.float().norm()
+
+
+def test_sizes_waste_little():
+    for count in range(1, 5000):
+        size = replay._up(count, 16)
+        assert count <= size < count + max(16, count / 16 + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_graph_gives_what_the_modules_give(name):
+    model = load(name)
+    replays = replay.Replays(model, model.decoder)
+    for lengths in ((30,), (9, 1, 23), (30,), (7,), (9, 1, 23), (10, 2, 20), (32,), (40, 0, 8), (40, 0, 8)):
+        batch = Batch.of(prompts(*lengths), "cuda")
+        close(replays(batch), model.decoder(batch))
+    assert len(replays._graphs) >= 2
+    held = len(replays._graphs)
+    watched = []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: watched.append(True))
+    replays(batch)
+    hook.remove()
+    assert watched and len(replays._graphs) == held
+    twin = copy.deepcopy(model)
+    for param in model.parameters():
+        param.mul_(0.5)
+    close(replays(batch), model.decoder(batch))  # the same memory, other values
+    model.to("cpu").to("cuda")
+    for _ in range(3):
+        close(replays(batch), model.decoder(batch))
+    close(
+        twin(torch.tensor(prompts(20), device="cuda")).logits,
+        twin.float()(torch.tensor(prompts(20), device="cuda")).logits,
+    )
+
+
+@pytest.mark.gpu
+def test_what_comes_of_a_graph_is_an_ordinary_tensor():
+    model = load("llama")
+    ids = torch.tensor(prompts(24), device="cuda")
+    with torch.no_grad():
+        outs = [model(ids).logits for _ in range(3)]
+    assert not outs[-1].is_inference() and torch.equal(outs[1], outs[2])
+    assert len(model._replays._graphs) == 1
+    model(ids, labels=ids).loss.backward()  # and training is unchanged
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefills_by_graphs_give_the_same_tokens(name):
+    model = load(name, torch.float16)
+    want = None
+    for graphs in (False, True, True):
+        engine = Engine(model, cache_tokens=1024, chunk=16)
+        if not graphs:
+            engine.runner.replays = model.decoder
+        outputs = []
+        for _ in range(3):  # the second round captures, the third replays
+            made = [Request(p, SamplingParams(max_new_tokens=6)) for p in prompts(20, 3, 33)]
+            engine.run(made)
+            outputs.append([request.output for request in made])
+        assert outputs[0] == outputs[1] == outputs[2]
+        assert not graphs or engine.runner.replays._graphs
+        want = want or outputs[0]
+        assert outputs[0] == want
