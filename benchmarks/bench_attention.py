@@ -4,8 +4,8 @@
 
 All run in this process on the same shapes in bf16, 16k tokens in all; each figure is TFLOP/s at the median
 time, with that of the slowest and the fastest tenth beside it in the JSON. A causal mask counts half the
-products, a backward pass 2.5 times the forward. «Uneven» are packed rows of 256 to 4992 tokens; beside them,
-«even rows» are as many products in rows of one length.
+products, a backward pass 2.5 times the forward. «Dispatched» is what a model runs: cuDNN, maybe. «Uneven»
+are packed rows of 256 to 4992 tokens; beside them, «even rows» are as many products in rows of one length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from taut.kernels.attention import Scoring
+from taut.kernels.attention import Scoring, attention
 from taut.kernels.flash import flash_attention
 
 TOKENS, WIDTH = 16384, 2048
@@ -35,7 +35,7 @@ UNEVEN = [256, 512, 896, 1408, 2048, 2688, 3584, 4992]  # 16384 tokens
 
 def times(call) -> list[float]:
     """Milliseconds: median, fastest and slowest tenth."""
-    return triton.testing.do_bench(call, warmup=20, rep=80, quantiles=[0.5, 0.1, 0.9])
+    return triton.testing.do_bench(call, warmup=10, rep=50, quantiles=[0.5, 0.1, 0.9])
 
 
 def rates(products: float, milliseconds: list[float]) -> dict[str, float]:
@@ -52,7 +52,7 @@ def measure(call, inputs: list[torch.Tensor], products: float) -> dict[str, Any]
     return {"forward": rates(products, forward), "backward": rates(2.5 * products, backward)}
 
 
-def taut(lengths: list[int], dim: int, causal: bool) -> dict[str, Any]:
+def taut(lengths: list[int], dim: int, causal: bool, op=flash_attention) -> dict[str, Any]:
     heads = WIDTH // dim
     q, k, v = (
         torch.randn(sum(lengths), heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -61,7 +61,7 @@ def taut(lengths: list[int], dim: int, causal: bool) -> dict[str, Any]:
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cuda")
     scoring = Scoring(dim**-0.5, causal)
     return measure(
-        lambda: flash_attention(q, k, v, starts, max(lengths), scoring),
+        lambda: op(q, k, v, starts, max(lengths), scoring),
         [q, k, v],
         count(lengths, dim, causal),
     )
@@ -94,6 +94,7 @@ def compare(dims: list[int], lengths: list[int]) -> list[dict[str, Any]]:
                 rows.append(
                     {"dim": dim, "causal": causal, "length": length}
                     | {"taut": taut([length] * (TOKENS // length), dim, causal)}
+                    | {"dispatched": taut([length] * (TOKENS // length), dim, causal, attention)}
                     | {name: peer(backend, length, dim, causal) for name, backend in PEERS.items()}
                 )
             # As many products in rows of one length: sum(n^2) / TOKENS.
@@ -111,7 +112,7 @@ def compare(dims: list[int], lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> Table:
-    table = Table("head dim", "mask", "length", "Taut", "FA2", "cuDNN", "Taut, even rows")
+    table = Table("head dim", "mask", "length", "Taut", "dispatched", "FA2", "cuDNN", "Taut, even rows")
     table.title = "bf16 TFLOP/s, forward; backward"
 
     def cell(row: dict[str, Any], name: str) -> str:
@@ -122,7 +123,7 @@ def show(rows: list[dict[str, Any]]) -> Table:
 
     for row in rows:
         mask = "causal" if row["causal"] else "full"
-        cells = [cell(row, name) for name in ("taut", "fa2", "cudnn", "even")]
+        cells = [cell(row, name) for name in ("taut", "dispatched", "fa2", "cudnn", "even")]
         table.add_row(str(row["dim"]), mask, str(row["length"]), *cells)
     return table
 

@@ -23,9 +23,9 @@ def load(case=LLAMA, **options):
 
 def test_the_plan_names_each_choice_and_the_reasons_against_the_others():
     plan = load(GEMMA2).plan()
-    choice = next(c for c in plan.choices if c.op == "attention of a prompt")
+    choice = next(c for c in plan.choices if c.op == "attention of even rows")
     assert (choice.first, choice.last, choice.chosen) == (0, 2, "eager")
-    assert [name for name, _ in choice.passed] == ["paged", "flash", "sdpa"]
+    assert [name for name, _ in choice.passed] == ["paged", "cudnn", "flash", "sdpa"]
     assert "has no soft-cap (asked: 50.0)" in dict(choice.passed)["sdpa"]
     text = str(plan)
     assert "attention of a decode step" in text and "no soft-cap" in text
@@ -57,7 +57,7 @@ def test_the_plan_is_what_runs(monkeypatch):
     monkeypatch.setattr(attention, "CANDIDATES", watched)
     model = load()
     model(IDS)
-    choice = next(c for c in model.plan().choices if c.op == "attention of a prompt")
+    choice = next(c for c in model.plan().choices if c.op == "attention of even rows")
     assert called == [choice.chosen] * 3
 
 

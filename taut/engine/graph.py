@@ -17,7 +17,7 @@ from taut.engine.replay import graphs_refuse
 from taut.engine.request import Request
 from taut.engine.runner import Runner
 from taut.engine.scheduler import Work
-from taut.kernels.attention import Pages, explain, restrictions
+from taut.kernels.attention import Call, Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
 from taut.kernels.sample import Sampling, sample
 from taut.layers.attention import Attention
@@ -36,7 +36,7 @@ def refuses(model) -> str | None:
         q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
         kv = q.new_empty(1, 1, c.kv_heads, c.head_dim)
         row = torch.zeros(1, dtype=torch.int32, device=q.device)
-        offers = explain(q, 1, attn.scoring, Pages(kv, kv, row[None], row, 1), attn.only)
+        offers = explain(Call(q, 1, 1, attn.scoring, Pages(kv, kv, row[None], row, 1)), attn.only)
         chosen = next((name for name, why in offers if why is None), None)
         if chosen == "eager":
             return f"layer {attn.index}'s attention runs on the reference, which waits for the device"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from taut.batch import Batch, PagedKV
 from taut.config import Moe
-from taut.kernels.attention import Pages, explain, restrictions
+from taut.kernels.attention import Call, Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.layers.attention import Attention
@@ -52,7 +52,7 @@ def refuses(module: nn.Module, device: torch.device, dtype: torch.dtype, cached:
                 torch.zeros(1, dtype=torch.int32, device=device),
             )
             pages = Pages(kv, kv, row[None], row, 512)
-        offers = explain(q, 512, attn.scoring, pages, attn.only)
+        offers = explain(Call(q, 1, 512, attn.scoring, pages), attn.only)
         chosen = next((name for name, why in offers if why is None), "nothing")
         if chosen not in ("flash", "paged"):
             return f"layer {attn.index}'s attention runs on {chosen}, which waits for the device"

@@ -66,11 +66,29 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One implementation: `refuse(q, longest, scoring, pages)` says why it can't take a call, or None;
-    `run` takes what `attention` takes, less the restriction. `backend` is what PyTorch calls its kind."""
+class Call:
+    """What candidates decide by: `rows` of at most `longest` queries, all of them in `q` `[tokens, heads,
+    head_dim]`; the rest as `attention` takes it. `kv_heads` None: as many as there are heads."""
 
-    refuse: Callable[[Tensor, int, Scoring, Pages | None], str | None]
+    q: Tensor
+    rows: int
+    longest: int
+    scoring: Scoring
+    pages: Pages | None = None
+    kv_heads: int | None = None
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have one length."""
+        return self.q.shape[0] == self.rows * self.longest
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation: `refuse` says why it can't take a call, or None; `run` takes what `attention`
+    takes, less the restriction. `backend` is what PyTorch calls its kind."""
+
+    refuse: Callable[[Call], str | None]
     run: Callable[..., Tensor]
     backend: str | None = None
 
@@ -93,23 +111,26 @@ def attention(
     `taut.attention_kernel` and PyTorch's `sdpa_kernel` restrict them as well. Where none is left, the
     `RequestError` lists each with its reason.
     """
+    call = Call(q, starts.shape[0] - 1, longest, scoring, pages, None if k is None else k.shape[1])
     for name, candidate in CANDIDATES.items():
-        if _refusal(name, candidate, q, longest, scoring, pages, only) is None:
+        if _refusal(name, candidate, call, only) is None:
             return candidate.run(q, k, v, starts, longest, scoring, pages)
-    reasons = [f"{name}: {why}" for name, why in explain(q, longest, scoring, pages, only)]
+    reasons = [f"{name}: {why}" for name, why in explain(call, only)]
     raise RequestError("no attention implementation is left: " + "; ".join(reasons))
 
 
-def explain(
-    q: Tensor, longest: int, scoring: Scoring, pages: Pages | None = None, only: tuple[str, ...] | None = None
-) -> list[tuple[str, str | None]]:
+def explain(call: Call, only: tuple[str, ...] | None = None) -> list[tuple[str, str | None]]:
     """Each candidate in order, with why it can't take the call, or None. The first that can is taken."""
-    return [(name, _refusal(name, c, q, longest, scoring, pages, only)) for name, c in CANDIDATES.items()]
+    return [(name, _refusal(name, candidate, call, only)) for name, candidate in CANDIDATES.items()]
 
 
 # PyTorch's own switches, which `sdpa_kernel` sets, by the kind of attention they allow.
 BACKENDS: Mapping[str, Callable[[], bool]] = MappingProxyType(
-    {"flash": torch.backends.cuda.flash_sdp_enabled, "math": torch.backends.cuda.math_sdp_enabled}
+    {
+        "flash": torch.backends.cuda.flash_sdp_enabled,
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+        "math": torch.backends.cuda.math_sdp_enabled,
+    }
 )
 
 # The candidates that `attention_kernel` allows in this context; None for all.
@@ -138,21 +159,13 @@ def restrictions() -> tuple[object, ...]:
     return _allowed.get(), *(enabled() for enabled in BACKENDS.values())
 
 
-def _refusal(
-    name: str,
-    candidate: Candidate,
-    q: Tensor,
-    longest: int,
-    scoring: Scoring,
-    pages: Pages | None,
-    only: tuple[str, ...] | None,
-) -> str | None:
+def _refusal(name: str, candidate: Candidate, call: Call, only: tuple[str, ...] | None) -> str | None:
     for allowed in (only, _allowed.get()):
         if allowed is not None and name not in allowed:
             return f"not among the implementations asked for ({', '.join(allowed)})"
     if candidate.backend is not None and not BACKENDS[candidate.backend]():
         return f"PyTorch's sdpa_kernel leaves {candidate.backend} attention out"
-    return candidate.refuse(q, longest, scoring, pages)
+    return candidate.refuse(call)
 
 
 def _rows(
@@ -296,7 +309,8 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
     return out.reshape(rows, heads, dim).to(kind)
 
 
-def _sdpa_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
+def _sdpa_refuses(call: Call) -> str | None:
+    scoring = call.scoring
     if scoring.softcap is not None:
         return f"scaled_dot_product_attention has no soft-cap (asked: {scoring.softcap})"
     if scoring.relative is not None:
@@ -304,12 +318,12 @@ def _sdpa_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None
     return None
 
 
-def _flash_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
-    if (why := device_refuses(q.device)) is not None:
+def _flash_refuses(call: Call) -> str | None:
+    if (why := device_refuses(call.q.device)) is not None:
         return why
     from taut.kernels.flash import why_not
 
-    return why_not(q, scoring)
+    return why_not(call.q, call.scoring)
 
 
 def _flash(q, k, v, starts, longest, scoring, pages):
@@ -319,12 +333,12 @@ def _flash(q, k, v, starts, longest, scoring, pages):
     return flash_attention(q, k, v, starts, longest, scoring, pages)
 
 
-def _paged_refuses(q: Tensor, longest: int, scoring: Scoring, pages: Pages | None) -> str | None:
-    if (why := device_refuses(q.device)) is not None:
+def _paged_refuses(call: Call) -> str | None:
+    if (why := device_refuses(call.q.device)) is not None:
         return why
     from taut.kernels.paged_triton import refuses
 
-    return refuses(q, longest, scoring, pages)
+    return refuses(call.q, call.longest, call.scoring, call.pages)
 
 
 def _paged(q, k, v, starts, longest, scoring, pages):
@@ -334,11 +348,49 @@ def _paged(q, k, v, starts, longest, scoring, pages):
     return paged_attention(q, starts, longest, scoring, pages)
 
 
+# Head dim, and from how many queries a row cuDNN is ahead of `flash`: without and with a backward pass.
+_CUDNN_WINS = MappingProxyType({64: (1024, 1024), 128: (1024, 1024)})
+
+
+def _cudnn_refuses(call: Call) -> str | None:
+    q, scoring = call.q, call.scoring
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "was measured to win on Hopper GPUs only"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    if call.pages is not None:
+        return "takes no keys from cache pages"
+    if not call.even:
+        return "wants rows of one length"
+    extra = {"window": scoring.window, "softcap": scoring.softcap, "ALiBi": scoring.slopes}
+    extra |= {"relative bias": scoring.relative}
+    if (odd := next((name for name, value in extra.items() if value is not None), None)) is not None:
+        return f"is for plain attention, and this has a {odd}"
+    if call.kv_heads not in (None, q.shape[1]):
+        return "wants as many key heads as query heads"
+    backward = torch.is_grad_enabled() and q.requires_grad
+    least = _CUDNN_WINS.get(q.shape[2], (None, None))[backward]
+    if least is None or call.longest < least:
+        return f"flash is as fast for {call.longest} queries a row of head dim {q.shape[2]}"
+    return None
+
+
+def _cudnn(q, k, v, starts, longest, scoring, pages):
+    """cuDNN's attention, through PyTorch: for rows of one length."""
+    q, k, v = (t.unflatten(0, (-1, longest)).transpose(1, 2) for t in (q, k, v))
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, backward, 0.0, scoring.causal, False, scale=scoring.scale
+    )[0]
+    return out.transpose(1, 2).flatten(0, 1)
+
+
 CANDIDATES: Mapping[str, Candidate] = MappingProxyType(
     {
         "paged": Candidate(_paged_refuses, _paged, backend="flash"),
+        "cudnn": Candidate(_cudnn_refuses, _cudnn, backend="cudnn"),
         "flash": Candidate(_flash_refuses, _flash, backend="flash"),
         "sdpa": Candidate(_sdpa_refuses, _sdpa),
-        "eager": Candidate(lambda *call: None, _reference, backend="math"),
+        "eager": Candidate(lambda call: None, _reference, backend="math"),
     }
 )

@@ -23,7 +23,7 @@ from taut.engine.generation import GenerationConfig
 from taut.engine.replay import Replays
 from taut.errors import ConfigError, RequestError, nearest
 from taut.hub import resolve
-from taut.kernels.attention import explain
+from taut.kernels.attention import Call, explain
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.linear import Linear
@@ -317,7 +317,7 @@ class PreTrainedModel(nn.Module):
     def _require(self, attn: Attention, only: tuple[str, ...], name: str) -> None:
         """Raise unless one of `only` can take this layer's attention on its device."""
         q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=self.dtype, device=self.device)
-        offers = explain(q, 2, attn.scoring, only=only)
+        offers = explain(Call(q, 1, 2, attn.scoring), only)
         if all(why is not None for _, why in offers):
             reasons = "; ".join(f"{candidate}: {why}" for candidate, why in offers if candidate in only)
             raise RequestError(

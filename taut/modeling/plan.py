@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from taut.kernels import gemv
-from taut.kernels.attention import Pages, explain
+from taut.kernels.attention import Call, Pages, explain
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.linear import why_not_blocked
 
@@ -90,22 +90,26 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
         "norm, rotation, activation": elementwise,
         "products of 1 row": _products(x, attn.qkv_proj, 1),
         "products of 512 rows": _products(x, attn.qkv_proj, 512),
-        "attention of a prompt": _attention(model, attn, 512, cached=False),
-        "attention of a cached prompt": _attention(model, attn, 512, cached=True),
-        "attention of a decode step": _attention(model, attn, 1, cached=True),
+        "attention of even rows": _attention(model, attn, 512, rows=1),
+        "attention of uneven rows": _attention(model, attn, 512, rows=2),
+        "attention to a cached prefix": _attention(model, attn, 512, rows=1, cached=True),
+        "attention of a decode step": _attention(model, attn, 1, rows=1, cached=True),
     }
 
 
-def _attention(model: PreTrainedModel, attn: Attention, longest: int, *, cached: bool) -> list[Offer]:
-    c = attn.config
-    q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
+def _attention(
+    model: PreTrainedModel, attn: Attention, tokens: int, *, rows: int, cached: bool = False
+) -> list[Offer]:
+    """`tokens` queries, the longest row with all of them but one a row for the others."""
+    c, longest = attn.config, tokens - rows + 1
+    q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device).expand(tokens, -1, -1)
     pages = None
     if cached:
         keys = torch.empty(1, 16, c.kv_heads, c.head_dim, dtype=model.dtype, device=model.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=model.device)
         pages = Pages(keys, keys, table, table[0], longest)
     with torch.inference_mode():
-        return explain(q, longest, attn.scoring, pages, attn.only)
+        return explain(Call(q, rows, longest, attn.scoring, pages, c.kv_heads), attn.only)
 
 
 def _products(x: torch.Tensor, linear: Linear, rows: int) -> list[Offer]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from taut.errors import RequestError
-from taut.kernels.attention import CANDIDATES, Pages, Scoring, attention
+from taut.kernels.attention import CANDIDATES, Call, Pages, Scoring, attention
 
 ROWS = (5, 1, 0, 17, 8)
 SCORINGS = {
@@ -62,7 +62,7 @@ def bounds(counts) -> torch.Tensor:
 
 
 def skip_what_it_refuses(name: str, q: torch.Tensor, scoring: Scoring) -> None:
-    if (why := CANDIDATES[name].refuse(q, 1, scoring, None)) is not None:
+    if (why := CANDIDATES[name].refuse(Call(q, 1, 1, scoring))) is not None:
         pytest.skip(why)
 
 
@@ -114,6 +114,28 @@ def test_cache_pages(name, scoring, kv_heads, new):
     pages = Pages(cache[0], cache[1], table, torch.tensor(lengths, dtype=torch.int32), max(lengths))
     out = attention(q, None, None, bounds(counts), max(counts), scoring, pages, only=(name,))
     assert (out - torch.cat(want)).abs().max() < 1e-10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_takes_even_rows(causal):
+    rows, longest = 3, 1088
+    q, k, v = (
+        torch.randn(rows * longest, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda") * longest
+    scoring, d_out = Scoring(0.1, causal), torch.randn_like(q)
+    results = []
+    for name in ("cudnn", "eager"):
+        inputs = [t if name == "cudnn" else t.detach().double().requires_grad_() for t in (q, k, v)]
+        out = attention(*inputs, starts, longest, scoring, only=(name,))
+        results.append((out, *torch.autograd.grad(out, inputs, d_out.to(out.dtype))))
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want).norm() <= 1.2e-2 * want.norm()
+    assert attention(q, k, v, starts, longest, scoring, only=("cudnn",)).shape == q.shape
+    with pytest.raises(RequestError, match="wants rows of one length"):
+        attention(q[1:], k[1:], v[1:], (starts - 1).clamp(min=0), longest, scoring, only=("cudnn",))
 
 
 def test_when_nothing_is_left_every_candidate_says_why():
