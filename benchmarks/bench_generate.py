@@ -110,9 +110,11 @@ def decode_rate(model: Any, ids: torch.Tensor, count: int) -> float:
 
 def prefill_seconds(model: Any, ids: torch.Tensor) -> float:
     """Seconds from a prompt `[1, length]` to its first new token."""
+    # Taut would find a prompt again that it has seen; transformers never does.
+    options = {"use_cache": False} if hasattr(model, "free_cache") else {}
     started = time.perf_counter()
     model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, **options
     ).tolist()
     return time.perf_counter() - started
 

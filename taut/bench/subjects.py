@@ -12,8 +12,8 @@ from taut import auto, weights
 from taut.bench.cases import Inputs
 from taut.bench.measure import DoesNotFit, synchronize
 from taut.bench.shapes import Shape
-from taut.engine.generate import sized_engine
 from taut.engine.request import Request, SamplingParams
+from taut.engine.resident import Resident
 from taut.errors import RequestError
 from taut.layers.linear import Linear
 from taut.models import rules
@@ -54,15 +54,16 @@ class Taut:
             do_sample=False,
             eos_token_id=[],
             pad_token_id=0,
+            use_cache=False,  # the prompt is the same each round: else only the first would compute it
         )
         return check_count(self.name, out, inputs, new_tokens)
 
     def decode(self, inputs: Inputs, new_tokens: int, uncounted: int) -> float:
-        """As `generate` does it: an engine of the size that the requests need, stepped to their end."""
+        """As `generate` does it: requests in the model's own engine, stepped to their end."""
         params = SamplingParams(max_new_tokens=new_tokens)
-        requests = [Request(prompt=row, params=params) for row in inputs.ids.tolist()]
+        requests = [Request(prompt=row, params=params, scope=None) for row in inputs.ids.tolist()]
         try:
-            engine = sized_engine(self.model, requests)
+            engine = Resident.of(self.model).engine(self.model, requests)
         except RequestError as error:  # not even one row fits
             raise DoesNotFit(str(error)) from None
         needed = sum(engine.pages.needed(r.length + new_tokens) for r in requests)

@@ -14,7 +14,7 @@ from torch import Tensor
 from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Request
-from taut.engine.runner import Runner
+from taut.engine.runner import Runner, turns_by_length
 from taut.engine.sampler import Sampler
 from taut.engine.scheduler import Scheduler, Work
 from taut.errors import NumericsError, RequestError, TautError
@@ -34,8 +34,9 @@ class Engine:
 
     `max_rows` rows run at a time, `chunk` tokens are computed a step, and keys are cached in pages of
     `page_size` tokens: `num_pages` of them, or enough for `cache_tokens` tokens, or by default what all
-    rows can use within 1 GiB. `sampler(logits [n, vocab], requests)` gives the next tokens and the
-    processed scores (or None).
+    rows can use within 1 GiB. Rows that begin alike share the pages of their prefix (`prefix_caching`), also
+    with rows that have ended, as long as there is room. `sampler(logits [n, vocab], requests)` gives the next
+    tokens and the processed scores (or None).
 
     Methods may be called from any thread; only one step runs at a time. An error in a request's own hooks,
     options or numbers ends that request alone (`finish_reason` "error", `error`); any other is raised by
@@ -51,6 +52,7 @@ class Engine:
         cache_tokens: int | None = None,
         page_size: int = 16,
         chunk: int = 2048,
+        prefix_caching: bool = True,
         sampler=None,
     ):
         config = model.config
@@ -71,6 +73,7 @@ class Engine:
             chunk=chunk,
             context=config.context,
             recompute_at=config.rope_boundary,
+            share=prefix_caching and not turns_by_length(config),
         )
         self.runner = Runner(model, page_size, num_pages)
         self.sampler = Sampler() if sampler is None else sampler
@@ -80,11 +83,17 @@ class Engine:
         self._under_way: Pending | None = None
         self._submitted = 0
         self._lock = threading.RLock()
+        self._stepper: int | None = None  # the thread that is inside a step
 
     @property
     def has_work(self) -> bool:
         """Whether any submitted request is not finished."""
         return self.scheduler.has_work
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the calling thread is inside a step, as a request's own hooks are."""
+        return self._stepper == threading.get_ident()
 
     def check(self, request: Request) -> None:
         """Raise `RequestError` for a request that can't be served: empty or too long, or with a token id
@@ -121,43 +130,65 @@ class Engine:
         with self._lock:
             self.scheduler.finish(request, "cancelled")
 
+    def reset_prefix_cache(self) -> None:
+        """Let no further request share what is cached now, as when the model's weights have changed."""
+        with self._lock:
+            self.pages.forget_all()
+
     def step(self) -> list[Event]:
         """Run one batch; what it did for each request that got a token or ended. [] without work."""
         with self._lock, torch.inference_mode():
-            if self._under_way is not None:
-                return self._read(self._under_way)
-            work = self.scheduler.schedule()
-            if not work:
-                return []
-            if self.graphs is not None and self.graphs.accepts(work):
-                return self._read(self.graphs.start(work))
-            logits = self.runner(work)
-            ready = [item for item in work if item.ready]
-            chosen = [] if logits is None else self._sample(logits, ready)
-            for item in work:
-                if not item.ready:
-                    self.scheduler.commit(item)
-            events = []
-            for row, (item, choice) in enumerate(zip(ready, chosen, strict=True)):
-                request = item.request
-                if request.finished:  # cancelled by another request's hook
-                    continue
-                if isinstance(choice, Exception):
-                    self._fail(item, choice)
-                    events.append(Event(request, []))
-                    continue
-                token, scores = choice
-                self.scheduler.commit(item, token)
-                if request.keep_logits or request.keep_scores:
-                    with torch.inference_mode(False):  # what the caller keeps are ordinary tensors
-                        if request.keep_logits:
-                            request.logits.append(logits[row].clone())
-                        if request.keep_scores and scores is not None:
-                            request.scores.append(scores.clone())
-                self._end(request, token)
-                events.append(Event(request, [token]))
-            events += [Event(request, []) for request in self._expired()]
-            return events
+            if self.stepping:
+                raise RequestError(
+                    "a request's hook steps the engine that called it; it may submit and cancel requests"
+                )
+            self._stepper = threading.get_ident()
+            try:
+                return self._step()
+            finally:
+                self._stepper = None
+
+    def _step(self) -> list[Event]:
+        if self._under_way is not None:
+            return self._read(self._under_way)
+        work = self.scheduler.schedule()
+        if not work:
+            return []
+        graph = self.graphs is not None and self.graphs.accepts(work)
+        try:
+            begun = self.graphs.start(work) if graph else self.runner(work)
+        except BaseException:
+            self.scheduler.abandon()
+            raise
+        if graph:
+            return self._read(begun)
+        logits = begun
+        ready = [item for item in work if item.ready]
+        chosen = [] if logits is None else self._sample(logits, ready)
+        for item in work:
+            if not item.ready:
+                self.scheduler.commit(item)
+        events = []
+        for row, (item, choice) in enumerate(zip(ready, chosen, strict=True)):
+            request = item.request
+            if request.finished:  # cancelled by another request's hook
+                continue
+            if isinstance(choice, Exception):
+                self._fail(item, choice)
+                events.append(Event(request, []))
+                continue
+            token, scores = choice
+            self.scheduler.commit(item, token)
+            if request.keep_logits or request.keep_scores:
+                with torch.inference_mode(False):  # what the caller keeps are ordinary tensors
+                    if request.keep_logits:
+                        request.logits.append(logits[row].clone())
+                    if request.keep_scores and scores is not None:
+                        request.scores.append(scores.clone())
+            self._end(request, token)
+            events.append(Event(request, [token]))
+        events += [Event(request, []) for request in self._expired()]
+        return events
 
     def _read(self, pending: Pending) -> list[Event]:
         """Launch the step after `pending`, if it is sure to be for the same rows, then take in the tokens of
@@ -192,7 +223,7 @@ class Engine:
                 self.submit(request)
             for request in requests:
                 while not request.finished:
-                    self._step_for(request, len(request.output))
+                    self.step_for(request, len(request.output))
         finally:
             for request in requests:
                 self.cancel(request)
@@ -220,7 +251,7 @@ class Engine:
                     yield request.output[seen - 1]
                 if finished:
                     break
-                self._step_for(request, seen)
+                self.step_for(request, seen)
         finally:
             self.cancel(request)
         if request.error is not None:
@@ -240,15 +271,16 @@ class Engine:
                     yield request.output[seen - 1]
                 if finished:
                     break
-                await loop.run_in_executor(None, self._step_for, request, seen)
+                await loop.run_in_executor(None, self.step_for, request, seen)
         finally:
             # In a thread as well: a step that is under way holds the lock.
             await loop.run_in_executor(None, self.cancel, request)
         if request.error is not None:
             raise request.error
 
-    def _step_for(self, request: Request, seen: int) -> None:
-        """Step, unless another thread's step has brought the request further meanwhile."""
+    def step_for(self, request: Request, seen: int) -> None:
+        """Step, unless the request has finished or has more than `seen` tokens: another thread's step may
+        have brought it further."""
         with self._lock:
             if len(request.output) == seen and not request.finished:
                 if not self.has_work:
@@ -322,7 +354,7 @@ class Engine:
                 f"request {request.id}: the logits after {request.length} tokens are not finite{where}; "
                 "check the weights, or load with dtype='bfloat16' or 'float32' if it was 'float16'"
             )
-            self.runner.scrub(request.pages)
+            self.runner.scrub(self.scheduler.spoil(request))
         request.error = error
         self.scheduler.finish(request, "error")
 

@@ -11,21 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taut.engine.engine import Engine, token_bytes
+from taut.engine.engine import Engine
 from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.prompts import read_prompts
 from taut.engine.request import Request
+from taut.engine.resident import Resident
 from taut.engine.sampler import NothingLeft
 from taut.engine.stream import RowText, StopRow, Stream, reason
 from taut.engine.streamers import Streamer
 from taut.errors import RequestError
-
-# Rows that `generate` runs at a time at most: each needs a row of logits.
-MAX_ROWS = 256
-PAGE_SIZE = 16
-
-# Part of a GPU's free memory that the cache may take; the rest is for activations and logits.
-CACHE_SHARE = 0.8
 
 # transformers' arguments of `generate` that are not options, with what to do in Taut.
 REFUSED: Mapping[str, str] = {
@@ -129,7 +123,7 @@ def generate(
             "with a streamer each, or leave the streamer out"
         )
     try:
-        _run(sized_engine(model, call.requests), call, streamer)
+        _run(Resident.of(model).engine(model, call.requests), call, streamer)
     except BaseException as error:
         if hasattr(streamer, "fail"):
             streamer.fail(error)
@@ -172,55 +166,37 @@ def stream(
     if len(call.requests) != 1:
         raise RequestError(f"stream gives one row, but the call makes {len(call.requests)}; use generate")
     text = RowText(tokenizer, call.config.stops, skip_special_tokens) if tokenizer is not None else None
-    return Stream(sized_engine(model, call.requests), call.requests[0], text)
+    return Stream(Resident.of(model).engine(model, call.requests), call.requests[0], text, model)
 
 
 # -- running -------------------------------------------------------------------------------------------
 
 
-def sized_engine(model: Any, requests: Sequence[Request]) -> Engine:
-    """An engine sized for these requests: all their tokens, or on a GPU what its memory holds."""
-    needs = [-(-(len(r.prompt) + r.params.max_new_tokens) // PAGE_SIZE) for r in requests]
-    pages = sum(sorted(needs)[-MAX_ROWS:])
-    device = torch.device(model.device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        page = token_bytes(model) * PAGE_SIZE
-        fits = int(free * CACHE_SHARE) // page
-        if fits < max(needs):
-            row = needs.index(max(needs))
-            raise RequestError(
-                f"row {row} needs a cache of {max(needs) * PAGE_SIZE} tokens "
-                f"({max(needs) * page / 2**20:.0f} MiB; prompt {len(requests[row].prompt)}, new "
-                f"{requests[row].params.max_new_tokens}), but {device} has room for {fits * PAGE_SIZE} "
-                f"({free / 2**20:.0f} MiB free). Next step: lower max_new_tokens, shorten the prompt, or "
-                "load the model in fewer bits"
-            )
-        pages = min(pages, fits)
-    return Engine(model, max_rows=min(len(requests), MAX_ROWS), num_pages=pages, page_size=PAGE_SIZE)
-
-
 def _run(engine: Engine, call: _Call, streamer: Streamer | None) -> None:
-    """Serves the call's requests to their end; on any error, all are cancelled."""
+    """Serves the call's requests to their end; on any error, all are cancelled. Other threads may have
+    requests in the engine too, and their steps move these along."""
     if streamer is not None:
         if hasattr(streamer, "stop_at"):
             streamer.stop_at(call.config.stops)
         streamer.put(call.given.cpu())
+    left, shown = call.requests, 0
     try:
         for request in call.requests:
             engine.submit(request)
-        while engine.has_work:
-            for request, tokens in engine.step():
+        while left:
+            engine.step_for(left[0], len(left[0].output))
+            left = [request for request in left if not request.finished]
+            for row, request in enumerate(call.requests):
                 if isinstance(request.error, NothingLeft):
-                    raise NothingLeft([call.requests.index(request)])  # it was sampled alone, as row 0
+                    raise NothingLeft([row])  # it was sampled alone, as row 0
                 if request.error is not None:
                     raise request.error
-                if streamer is not None:
-                    for token in tokens:
-                        streamer.put(torch.tensor([token]))
-            if streamer is not None and getattr(streamer, "closed", False):
-                return
+            if streamer is not None:
+                for token in call.requests[0].output[shown:]:
+                    streamer.put(torch.tensor([token]))
+                    shown += 1
+                if getattr(streamer, "closed", False):
+                    return
     finally:
         for request in call.requests:
             engine.cancel(request)
@@ -355,6 +331,7 @@ def _prepare(
                 should_stop=StopRow(text, criteria, given[index : index + 1]) if text or criteria else None,
                 keep_scores=keep and bool(config.output_scores),
                 keep_logits=keep and bool(config.output_logits),
+                scope=None if config.use_cache is False else (),
             )
         )
     return _Call(given, requests, config, pad)

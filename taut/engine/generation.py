@@ -91,7 +91,7 @@ class GenerationConfig:
     | `seed` | an int, or one for each returned row; None: from torch's default generator |
     | `num_return_sequences` | rows returned for each prompt; needs `do_sample` |
     | `return_dict_in_generate`, `output_scores`, `output_logits` | what `generate` returns |
-    | `use_cache` | accepted; the cache is always used and changes no output |
+    | `use_cache` | False: rows share no pages with others, nor with calls before or after; same output |
     | `pad_token_id`, `bos_token_id`, `eos_token_id` | ids; `eos_token_id` may be several |
     | `extra` | further keys of the file: kept and written back |
 

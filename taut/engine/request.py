@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -116,11 +116,15 @@ class Request:
 give new scores |
     | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
     | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
+    | `scope` | caller | requests of one scope share cached prefixes: equal tokens have equal keys there. \
+None: shares none |
     | `id`, `submitted` | engine | number in order of submission; `time.monotonic()` of it |
     | `output`, `scores`, `logits` | engine | generated ids, and what was kept beside them |
     | `finish_reason` | engine | None, "stop", "length", "stop_string", "time", "cancelled" or "error" |
     | `error` | engine | what failed, when `finish_reason` is "error" |
     | `status`, `computed`, `pages` | scheduler | state; tokens whose keys are cached; page numbers in order |
+    | `found`, `indexed` | scheduler | tokens found in the cache when it last began; pages that others may \
+share, None: no more of them |
     """
 
     prompt: list[int]
@@ -129,6 +133,7 @@ give new scores |
     should_stop: Callable[[Request], bool] | None = None
     keep_scores: bool = False
     keep_logits: bool = False
+    scope: Hashable | None = ()
     id: int = -1
     submitted: float = 0.0
     output: list[int] = field(default_factory=list)
@@ -139,6 +144,8 @@ give new scores |
     status: Status = Status.WAITING
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    found: int = 0
+    indexed: int | None = 0
 
     @property
     def length(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from taut.batch import Batch, PagedKV
-from taut.config import Dynamic
+from taut.config import Dynamic, ModelConfig
 from taut.engine.replay import Replays
 from taut.engine.request import Request
 from taut.engine.scheduler import Work
@@ -44,10 +44,7 @@ class Runner:
             )
 
         self.keys, self.values = cache(), cache()
-        # NTK-aware ("dynamic") angles are those of the length that the row had when a token was new.
-        self.replay = any(
-            attn.rope is not None and isinstance(attn.rope.scaling, Dynamic) for attn in attentions
-        )
+        self.replay = turns_by_length(model.config)
         cuda = self.device.type == "cuda"
         self._pinned = torch.empty(0, dtype=torch.int32, pin_memory=True) if cuda else None
         self._copied = torch.cuda.Event() if cuda else None
@@ -147,6 +144,13 @@ class Runner:
         sent = host.to(self.device, non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self.device))
         return sent
+
+
+def turns_by_length(config: ModelConfig) -> bool:
+    """Whether each token's angles are those of the length that its row had when it was new (NTK-aware,
+    "dynamic"), so that equal tokens of two prompts have different keys."""
+    ropes = [layer.attn.rope for layer in config.layers]
+    return any(rope is not None and isinstance(rope.scaling, Dynamic) for rope in ropes)
 
 
 def _split(buffer: Tensor, parts: list[int]) -> list[Tensor]:

@@ -66,11 +66,12 @@ class Stream:
     """One row as it is generated: an iterator of text or token ids, see `stream`.
 
     `tokens`: ids so far. `finish_reason`: None until the end. `close()` (or `aclose()`, leaving a `with`
-    block, or dropping the stream) cancels the row, frees its pages and drops the cache.
+    block, or dropping the stream) cancels the row and frees its pages.
     """
 
-    def __init__(self, engine: Engine, request: Request, text: RowText | None) -> None:
+    def __init__(self, engine: Engine, request: Request, text: RowText | None, model: Any) -> None:
         self.request = request
+        self._model = model  # which the engine does not keep alive
         self._engine: Engine | None = engine  # None once closed
         self._text = text
         self._pieces: Generator[str | int] | None = None
@@ -117,7 +118,7 @@ class Stream:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.cancel(self.request)  # waits for a step that is under way in another thread
-            self._pieces = self._later = None
+            self._pieces = self._later = self._model = None
 
     async def aclose(self) -> None:
         """`close` for an event loop, which stays free while a step is under way."""

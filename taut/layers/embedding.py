@@ -45,6 +45,9 @@ class Embedding(nn.Module):
         """Changes whenever the weight does."""
         return self.weight.data_ptr(), self.weight._version
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_head": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Embedding:
         self._head = None
         return super()._apply(fn, recurse)

@@ -38,6 +38,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
         self.packed: Packed | None = None
+        self.swaps = 0  # how often the weight changed its layout, and with it the tensor that counts versions
 
     def forward(
         self,
@@ -89,11 +90,16 @@ class Linear(nn.Module):
 
     def _swap(self, data: Tensor) -> None:
         new = nn.Parameter(data, requires_grad=self.weight.requires_grad)
+        self.swaps += 1
         torch.utils.swap_tensors(self.weight, new)  # optimizers and hooks keep hold of the parameter
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         self.unblock()
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unblock()  # neither copied nor pickled in blocks
+        return self.__dict__
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.unblock()

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from taut.batch import Batch, pack
 from taut.config import ModelConfig
-from taut.engine.generate import generate, stream
 from taut.engine.generation import GenerationConfig
-from taut.engine.stream import Stream
 from taut.errors import RequestError
 from taut.layers.block import Decoder
 from taut.layers.linear import Linear
 from taut.modeling.base import PreTrainedModel
+from taut.modeling.generation import GenerationMixin
 from taut.modeling.output import ModelOutput
 
 
-class CausalLM(PreTrainedModel):
+class CausalLM(GenerationMixin, PreTrainedModel):
     """A decoder with a language-model head.
 
     `model.decoder(batch)` is the packed call that everything goes through; `model(input_ids, ...)` and
@@ -125,14 +124,6 @@ class CausalLM(PreTrainedModel):
         super().prepare_inference()
         if self.lm_head is None and not self.training:
             self.model.embed_tokens.block()
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Continue prompts; see `taut.engine.generate.generate`, which documents every option."""
-        return generate(self, *args, **kwargs)
-
-    def stream(self, *args: Any, **kwargs: Any) -> Stream:
-        """Continue one prompt piece by piece; see `taut.engine.generate.stream`."""
-        return stream(self, *args, **kwargs)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.is_floating_point():

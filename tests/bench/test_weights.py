@@ -126,6 +126,6 @@ def test_decode_of_a_batch_that_does_not_fit_at_once(monkeypatch: pytest.MonkeyP
     assert Taut(model).decode(inputs, 8, 4) > 0
     for room in ({"num_pages": 5, "max_rows": 3}, {"num_pages": 6, "max_rows": 2}):
         engine = Engine(model, **room)
-        monkeypatch.setattr("taut.bench.subjects.sized_engine", lambda *_, engine=engine: engine)
+        monkeypatch.setattr("taut.bench.subjects.Resident.engine", lambda *_, engine=engine: engine)
         with pytest.raises(DoesNotFit, match="not all 3 rows"):
             Taut(model).decode(inputs, 8, 4)

@@ -17,6 +17,7 @@ from taut.engine import Engine, Request, SamplingParams
 from taut.engine.graph import plain
 from taut.errors import NumericsError, RequestError
 
+from .checks import check_pages
 from .tiny import VOCAB, Tiny
 
 MODELS = {"plain": Tiny(), "longrope": Tiny(boundary=14), "dynamic": Tiny(dynamic=True)}
@@ -63,15 +64,10 @@ def alone(model: str, prompt: tuple[int, ...], new: int, greedy: bool = True, se
     return done.output
 
 
-def check_pages(e: Engine) -> None:
-    owned = [page for r in e.scheduler.running for page in r.pages]
-    assert sorted(owned + e.pages._free) == list(range(e.pages.count))
-
-
 def drain(e: Engine) -> None:
     while e.has_work:
         assert e.step() is not None
-        check_pages(e)
+        check_pages(e.scheduler)
     assert e.pages.free == e.pages.count
 
 
@@ -277,6 +273,16 @@ def test_numbers_that_are_not_finite_end_their_request_alone_and_leave_no_trace(
     assert all(torch.isfinite(cache).all() for cache in (*e.runner.keys, *e.runner.values))
     with pytest.raises(NumericsError):
         list(e.stream(request((7,))))
+    e.run([again := request(bad.prompt)])  # its pages are clean now, and must not pass for its keys
+    assert isinstance(again.error, NumericsError)
+    rows = [request((*STEM[6:], 50)), request((*STEM[6:], 7)), request((*STEM[6:], 51))]
+    e = engine(Poisoned())
+    e.run(rows)  # the second shares pages with the others
+    assert [r.finish_reason for r in rows] == ["length", "error", "length"]
+    rows.append(request((*STEM[6:], 50)))
+    e.run(rows[3:])
+    for r in (rows[0], rows[2], rows[3]):
+        assert r.output == alone("plain", tuple(r.prompt), 8)
 
 
 @pytest.mark.parametrize(
@@ -325,23 +331,36 @@ def test_the_cache_is_sized_one_way():
 
 
 def test_a_failed_step_can_be_repeated():
+    """Also for rows that share pages which the failed step was to fill."""
+
     class Fails(Tiny):
-        left = 3
+        calls_left, fails = 0, 0
 
-        def logits(self, hidden):
-            if self.left:
-                self.left -= 1
+        def decoder(self, batch):
+            if self.fails and not self.calls_left:
+                self.fails -= 1
                 raise MemoryError("no room")
-            return super().logits(hidden)
+            self.calls_left -= 1
+            return super().decoder(batch)
 
-    e = engine(Fails(), chunk=4)
-    rows = [e.submit(request(prompt, 9)) for prompt in PROMPTS]
-    for _ in range(200):
-        try:
-            e.step()
-        except MemoryError:
-            check_pages(e)
-    assert [r.output for r in rows] == [alone("plain", prompt, 9) for prompt in PROMPTS]
+    prompts = [*PROMPTS, *((*STEM, tail) for tail in (1, 2))]
+    for after in range(5):
+        for chunk in (4, 64):
+            model = Fails()
+            e = engine(model, chunk=chunk, cache_tokens=256, max_rows=8)
+            model.calls_left, model.fails = after, 3
+            rows = [e.submit(request(prompt, 9)) for prompt in prompts]
+            if after % 2:
+                e.cancel(rows[2])  # the first row of the stem
+            for _ in range(200):
+                try:
+                    e.step()
+                except MemoryError:
+                    check_pages(e.scheduler)
+            assert model.fails == 0
+            for r in rows:
+                ended = r.finish_reason == "length"
+                assert r.output == (alone("plain", tuple(r.prompt), 9) if ended else [])
 
 
 def test_an_interrupted_run_leaves_nothing_behind():
@@ -466,6 +485,72 @@ def test_a_batch_says_how_long_its_rows_are():
             assert field.dtype == torch.int32
 
 
+def computed(model: Tiny) -> int:
+    """Tokens that went through the model since the last look."""
+    calls, model.calls = model.calls, []
+    return sum(batch.tokens for batch in calls)
+
+
+STEM = tuple(range(2, 25))  # 5 whole pages of 4, and 3 tokens
+
+
+def test_rows_that_begin_alike_compute_their_prefix_once():
+    model = Tiny()
+    e = engine(model)
+    rows = [request((*STEM, *tail), 3) for tail in ((30,), (31, 32), (), (33, 34, 35, 36, 37))]
+    e.run(rows)
+    assert [r.output for r in rows] == [alone("plain", tuple(r.prompt), 3) for r in rows]
+    assert [r.found for r in rows] == [0, 20, 20, 20]
+    assert computed(model) == 24 + 5 + 3 + 8 + 2 * 4  # prompts, then two more tokens each
+    later = request((*STEM, 30, 40), 3)  # with whole pages of the row that ended
+    e.run([later])
+    assert later.found == 24 and computed(model) == 1 + 2
+    assert later.output == alone("plain", tuple(later.prompt), 3)
+    answered = request((*rows[3].prompt, *rows[3].output, 8), 3)  # and with what a row has generated
+    e.run([answered])
+    assert answered.found == 28 and answered.output == alone("plain", tuple(answered.prompt), 3)
+    again = request(STEM[:8], 3)  # a prompt that is known to its end still computes a last page
+    e.run([again])
+    assert again.found == 4 and again.output == alone("plain", STEM[:8], 3)
+
+
+def test_what_must_not_be_shared_is_not():
+    model = Tiny()
+    for e in (engine(model, prefix_caching=False), engine("dynamic")):
+        rows = [request((*STEM, tail), 3) for tail in (30, 31)]
+        e.run(rows)
+        assert [r.found for r in rows] == [0, 0]
+    e = engine(model)
+    scoped = [request((*STEM, 30), 3, scope=scope) for scope in ((), "mine", None, None, "mine", ())]
+    e.run(scoped)
+    assert [r.found for r in scoped] == [0, 0, 0, 0, 20, 20]
+    e.reset_prefix_cache()
+    e.run([last := request((*STEM, 30), 3)])
+    assert last.found == 0
+
+
+def test_keys_of_both_sides_of_a_boundary_are_not_mixed():
+    e = engine("longrope")  # other angles for rows of more than 14 tokens
+    for prompt, found in ((STEM[:12], 0), (STEM, 12), (STEM, 20), (STEM[:10], 8), ((*STEM[:12], 50), 12)):
+        r = request(prompt, 6)  # the short ones pass the boundary
+        e.run([r])
+        assert r.found == found and r.output == alone("longrope", prompt, 6)
+
+
+def test_prefixes_give_way_to_rows_and_preempted_rows_find_their_own():
+    model = Tiny()
+    e = engine(model, cache_tokens=36)
+    rows = [request((*STEM[:12], tail), 9) for tail in (30, 31, 32)]
+    e.run(rows)
+    assert [r.output for r in rows] == [alone("plain", tuple(r.prompt), 9) for r in rows]
+    other = request(range(30, 60), 4)
+    e.run([other])
+    assert other.output == alone("plain", tuple(range(30, 60)), 4)
+    again = request((*STEM[:12], 30), 9)
+    e.run([again])
+    assert again.found == 0 and again.output == rows[0].output
+
+
 @pytest.mark.parametrize("options", [{}, {"max_rows": 2}, {"cache_tokens": 40}], ids=str)
 def test_steps_that_chain_give_the_tokens_of_steps_that_do_not(options):
     """Also where rows end by surprise while the next step is under way, and where one passes a boundary."""
@@ -497,7 +582,9 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
     )
     if data.draw(st.booleans(), "steps chain"):
         e.graphs = Chained(e)
-    prompts = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=20).map(tuple)
+    tokens = st.lists(st.integers(1, VOCAB - 1), max_size=8).map(tuple)
+    stems = st.sampled_from([(), (), STEM[:9], STEM[:16], (*STEM[:9], 60, 60, 60)])
+    prompts = st.tuples(stems, tokens).map(lambda parts: parts[0] + parts[1] or (1,))
     submitted: list[Request] = []
     streams: dict[Request, object] = {}
 
@@ -551,11 +638,11 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
                 assert r.pages == []
         else:
             step()
-        check_pages(e)
+        check_pages(e.scheduler)
     limit = 4 * sum(len(r.prompt) + r.params.max_new_tokens for r in submitted) + 1
     for _ in range(limit):
         step()
-        check_pages(e)
+        check_pages(e.scheduler)
     assert not e.has_work and e.pages.free == e.pages.count
     for r in submitted:
         check(r)

@@ -13,9 +13,10 @@ import torch
 import transformers
 from transformers.generation import logits_process, stopping_criteria
 
-from taut.engine.generate import GenerateOutput, generate, sized_engine, stream
+from taut.engine.generate import GenerateOutput, generate, stream
 from taut.engine.generation import GenerationConfig
 from taut.engine.request import Request, SamplingParams
+from taut.engine.resident import Resident
 from taut.engine.streamers import TextIteratorStreamer, TextStreamer
 from taut.errors import NumericsError, RequestError
 from taut.modeling import CausalLM
@@ -535,7 +536,7 @@ def test_a_row_that_a_gpu_cannot_hold_is_refused(model, monkeypatch):
     fits = int((1 << 19) * 0.8) // (16 * token) * 16
     rows = [Request([3] * 8, SamplingParams(max_new_tokens=new)) for new in (4, 3000)]
     with pytest.raises(RequestError, match=rf"row 1 needs .* 3008 tokens .* cuda has room for {fits} "):
-        sized_engine(there, rows)
+        Resident.of(there).engine(there, rows)
 
 
 @pytest.mark.gpu

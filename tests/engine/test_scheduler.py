@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,9 +13,14 @@ from taut.engine.request import Request, SamplingParams, Status
 from taut.engine.scheduler import Scheduler
 from taut.errors import RequestError
 
+from .checks import check_pages
+
+FRESH = itertools.count(1)
+
 
 def request(prompt: int, new: int = 4) -> Request:
-    return Request(list(range(1, prompt + 1)), SamplingParams(max_new_tokens=new))
+    """One of so many tokens that no other has."""
+    return Request([next(FRESH) for _ in range(prompt)], SamplingParams(max_new_tokens=new))
 
 
 def scheduler(pages: int = 8, size: int = 4, **options) -> Scheduler:
@@ -28,17 +35,6 @@ def run(s: Scheduler) -> list[tuple[Request, int, int]]:
         if len(item.request.output) == item.request.params.max_new_tokens:
             s.finish(item.request, "length")
     return [(item.request, item.start, item.count) for item in work]
-
-
-def check_pages(s: Scheduler) -> None:
-    """Every page is free or owned once; running rows own what they need and nobody else owns any."""
-    owned = [page for r in s.running for page in r.pages]
-    assert sorted(owned + s.pages._free) == list(range(s.pages.count))
-    assert s.pages._free == sorted(s.pages._free)
-    for r in s.running:
-        assert r.status is Status.RUNNING and len(r.pages) >= s.pages.needed(r.computed)
-    for r in s.waiting:
-        assert r.status is Status.WAITING and r.pages == [] and r.computed == 0
 
 
 def test_pages_lie_end_to_end_where_possible_and_lowest_first():
@@ -151,7 +147,7 @@ def test_the_newest_gives_way_keeps_its_output_and_comes_back_first():
     for r in (a, b, c):
         s.add(r)
     run(s)
-    assert s.running == [a, b] and len(s.pages._free) == 0
+    assert s.running == [a, b] and len(s.pages._unused) == 0
     run(s)  # both stay within the pages they have
     assert run(s) == [(a, 4, 1)]  # a needs a third page: b gives up its two
     assert s.running == [a] and list(s.waiting) == [b, c]

@@ -1,0 +1,144 @@
+"""`Resident`: the engine that stays with its model from call to call."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from taut.engine.engine import Engine, token_bytes
+from taut.engine.request import Request
+from taut.errors import RequestError
+
+# Rows that run at a time at most: each needs a row of logits.
+MAX_ROWS = 256
+PAGE_SIZE = 16
+
+# Part of a GPU's free memory that the cache may take; the rest is for activations and logits.
+CACHE_SHARE = 0.8
+
+
+class Resident:
+    """Holds one engine for a model: made by the first call, grown by a call that needs more pages, made anew
+    where the model is not what it was, and given up by `free`. Calls of several threads share it.
+
+    The engine does not keep the model alive, and a copy of the model starts without one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._state: State | None = None
+
+    @staticmethod
+    def of(model: Any) -> Resident:
+        """The model's own."""
+        return model.__dict__.setdefault("_resident", Resident())
+
+    def engine(self, model: Any, requests: Sequence[Request]) -> Engine:
+        """An engine that can serve these requests; on a GPU with as many pages for them as memory has room.
+
+        Raises `RequestError` where there is not even room for the longest.
+        """
+        if prepare := getattr(model, "prepare_inference", None):
+            prepare()
+        with self._lock:
+            before, self._state = self._state, State(model)
+            if before is not None and before.program != self._state.program:
+                self._engine = None
+            if self._engine is not None and before.values != self._state.values:
+                self._engine.reset_prefix_cache()
+            if self._engine is not None and self._engine.stepping:
+                # A hook calls from inside a step, which can't wait for another step of the same engine.
+                return _make(weakref.proxy(model), _pages(model, requests, None))
+            kept = self._engine
+            count = _pages(model, requests, kept)
+            if kept is None or count > kept.pages.count:
+                if kept is not None and not kept.has_work:
+                    kept = self._engine = None  # gone before the next is made: there may be no room for both
+                self._engine = _make(weakref.proxy(model), count)
+            return self._engine
+
+    def free(self) -> None:
+        """Let go of the engine: its memory is free once the requests of other threads are done with it."""
+        with self._lock:
+            self._engine = self._state = None
+
+    def __deepcopy__(self, memo: Any) -> Resident:
+        return Resident()
+
+    def __reduce__(self) -> Any:
+        return Resident, ()
+
+
+class State:
+    """What a model is now, to compare with what it was when an engine was made for it.
+
+    `program`: its modules, their hooks, and where its tensors lie: what a CUDA graph has in it. `values`: the
+    versions of the tensors' values, which cached keys depend on. Values that are written through `.data` get
+    no new version: after that, `Resident.free`.
+    """
+
+    def __init__(self, model: Any):
+        self.program: list[Any] = []
+        self.values: list[Any] = []
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            only = module.__dict__.get("only")  # attention restricted to some kernels
+            hooks = (*module._forward_hooks, None, *module._forward_pre_hooks)
+            self.program.append((weakref.ref(module), hooks, only))
+            self.values.append(module.__dict__.get("swaps"))
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self.program.append((id(tensor), tensor.dtype, tensor.device, _storage(tensor)))
+                    self.values.append(None if tensor.is_inference() else tensor._version)
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef | None:
+    """Where the numbers lie; while it is held weakly, no other storage gets the same identity."""
+    return None if tensor.is_mkldnn else StorageWeakRef(tensor.untyped_storage())
+
+
+def _make(model: Any, pages: int) -> Engine:
+    return Engine(model, max_rows=MAX_ROWS, num_pages=pages, page_size=PAGE_SIZE)
+
+
+def _pages(model: Any, requests: Sequence[Request], kept: Engine | None) -> int:
+    """Pages that an engine for these requests should have, where it may take the place of `kept`: those of
+    `kept` if they suffice, else all that the requests need, or on a GPU what its memory holds."""
+    needs = [-(-(len(r.prompt) + r.params.max_new_tokens) // PAGE_SIZE) for r in requests]
+    wanted = sum(sorted(needs)[-MAX_ROWS:])
+    if kept is not None and kept.pages.count >= (max(needs) if kept.has_work else wanted):
+        return kept.pages.count
+    wanted = _rounded(wanted)
+    device = torch.device(model.device)
+    if device.type != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    page = token_bytes(model) * PAGE_SIZE
+    room = int(free * CACHE_SHARE) // page
+    if kept is not None and not kept.has_work:
+        room += kept.pages.count
+    if room < max(needs):
+        row = needs.index(max(needs))
+        raise RequestError(
+            f"row {row} needs a cache of {max(needs) * PAGE_SIZE} tokens "
+            f"({max(needs) * page / 2**20:.0f} MiB; prompt {len(requests[row].prompt)}, new "
+            f"{requests[row].params.max_new_tokens}), but {device} has room for {room * PAGE_SIZE} "
+            f"({room * page / 2**20:.0f} MiB). Next step: lower max_new_tokens, shorten the prompt, or "
+            "load the model in fewer bits"
+        )
+    if kept is not None and max(needs) <= kept.pages.count and room < 1.25 * kept.pages.count:
+        return kept.pages.count  # memory is full: hardly more room is not worth a new engine
+    return min(wanted, room)
+
+
+def _rounded(pages: int) -> int:
+    """`pages` or up to a quarter more, so that calls that need a little more each find room."""
+    step = 1 << max(pages.bit_length() - 3, 0)
+    return -(-pages // step) * step

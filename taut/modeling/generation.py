@@ -1,0 +1,27 @@
+"""`GenerationMixin`: what every model that generates can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taut.engine.generate import generate, stream
+from taut.engine.resident import Resident
+from taut.engine.stream import Stream
+
+
+class GenerationMixin:
+    """Generation through the engine that stays with the model. The first call makes it: its cache and, on a
+    GPU, the graphs of decode steps serve all further calls, from any thread."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Continue prompts; see `taut.engine.generate.generate`, which documents every option."""
+        return generate(self, *args, **kwargs)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """Continue one prompt piece by piece; see `taut.engine.generate.stream`."""
+        return stream(self, *args, **kwargs)
+
+    def free_cache(self) -> None:
+        """Give back the memory of the cache and of decode graphs; the next call makes them anew. To be called
+        too after weights were written through `.data`, which leaves no trace."""
+        Resident.of(self).free()
