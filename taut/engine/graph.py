@@ -101,11 +101,15 @@ class DecodeGraph:
 
     def start(self, work: list[Work]) -> Pending:
         """Launch a step from what the host knows."""
-        rows = next(size for size in ROW_BUCKETS if size >= len(work))
         width = LEAST_PAGES
         while width < max(len(w.request.pages) for w in work) + 1:  # room to grow before the next capture
             width *= 2
-        key = rows, width, restrictions()  # every host value that a capture bakes in
+        where = width, restrictions()  # every host value that a capture bakes in, the rows aside
+        fits = [size for size in ROW_BUCKETS if size >= len(work)]
+        # One of up to twice the rows that is there already: idle rows cost next to nothing, a capture does.
+        made = (size for size in fits if size <= 2 * fits[0] and (size, *where) in self._graphs)
+        rows = next(made, fits[0])
+        key = rows, *where
         graph = self._graphs.get(key)
         if graph is None:
             with using(self._workspace):

@@ -2,8 +2,8 @@
 quantized and multiplied without the host waiting for any of it.
 
 A column of x in which some value reaches the threshold is taken out of the 8-bit product and multiplied in
-16 bit. How many there are is known on the device alone: the first `CAPACITY` are gathered into dense strips
-that the product's last steps multiply; columns beyond that, should there be any, are read where they lie.
+16 bit. How many there are is known on the device alone: up to `CAPACITY` are gathered into dense strips, that
+the product's last steps multiply; where there are more, all of x is multiplied in 16 bit.
 """
 
 from __future__ import annotations
@@ -82,28 +82,30 @@ def _gather(weight, weight_scale, found, strip, outputs, inputs, CAPACITY: tl.co
 
 
 @triton.jit
-def _outliers(
-    x, strip, weight, weight_scale, weight_strip, found, m, n, rows, last, inputs, BM: tl.constexpr,
-    BN: tl.constexpr, CAPACITY: tl.constexpr,
-):  # fmt: skip
-    """The product of the columns that were taken out, `[BM, BN]`; the weight has `last` rows."""
-    total = tl.zeros([BM, BN], tl.float32)
-    count = tl.load(found)
-    real = (m < rows)[:, None]
-    there = (n < last)[None, :]
+def _whole(a_at, b_at, total, inputs, k, BK: tl.constexpr, EVEN: tl.constexpr):
+    """Adds a tile of `A B^T` over all inputs to `total`, in the dtype of A, which holds 8-bit integers."""
+    for start in range(0, inputs, BK):
+        if EVEN:
+            a = tl.load(a_at + start)
+            b = tl.load(b_at + start)
+        else:
+            a = tl.load(a_at + start, mask=(start + k < inputs)[None, :], other=0)
+            b = tl.load(b_at + start, mask=(start + k < inputs)[:, None], other=0)
+        total = tl.dot(a, b.to(a.dtype), total, out_dtype=total.dtype)
+    return total
+
+
+@triton.jit
+def _strips(y, strip, weight_strip, m, n, rows, last, count, CAPACITY: tl.constexpr):
+    """Adds the product of the columns that were taken out to `y`; the weight has `last` rows."""
     wide_m = m.to(tl.int64)[:, None]
     wide_n = n.to(tl.int64)[None, :]
-    for start in range(0, tl.cdiv(tl.minimum(count, CAPACITY), 32) * 32, 32):
+    for start in range(0, tl.cdiv(count, 32) * 32, 32):
         c = start + tl.arange(0, 32)
-        a = tl.load(strip + wide_m * CAPACITY + c[None, :], mask=real, other=0.0)
-        b = tl.load(weight_strip + wide_n * CAPACITY + c[:, None], mask=there, other=0.0)
-        total = tl.dot(a, b, total)
-    for at in range(CAPACITY, count):  # too many for the strips
-        column = tl.load(found + 1 + at)
-        a = tl.load(x + wide_m * inputs + column, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(weight + wide_n * inputs + column, mask=there, other=0).to(tl.float32)
-        total += a * (b * (tl.load(weight_scale + n, mask=n < last, other=0.0) * (1 / 127))[None, :])
-    return total
+        a = tl.load(strip + wide_m * CAPACITY + c[None, :], mask=(m < rows)[:, None], other=0.0)
+        b = tl.load(weight_strip + wide_n * CAPACITY + c[:, None], mask=(n < last)[None, :], other=0.0)
+        y = tl.dot(a, b, y)
+    return y
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -115,59 +117,44 @@ def _product(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of the output: int8 sums over all inputs, scaled, plus what was taken out, bias, activation and
-    residual."""
-    down, across = tl.cdiv(rows, BM), tl.cdiv(outputs, BN)
+    residual. With ACT the tile's columns are BN / 2 of the gate half, then the same of the up half."""
+    HALVES: tl.constexpr = 1 if ACT == "" else 2
+    WIDTH: tl.constexpr = BN // HALVES
+    down, across = tl.cdiv(rows, BM), tl.cdiv(outputs, WIDTH)
     # Neighbours in time share tiles of x and of the weight in the cache.
     group = tl.program_id(0) // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
     inside = tl.program_id(0) % (GROUP * across)
     m = (group * GROUP + inside % height) * BM + tl.arange(0, BM)
-    n = inside // height * BN + tl.arange(0, BN)
+    column = tl.arange(0, BN)
+    at = inside // height * WIDTH + column % WIDTH  # of the output
+    n = at + column // WIDTH * outputs  # of the weight
     k = tl.arange(0, BK)
-    real = m < rows
-    there = n < outputs
-    a_at = values + tl.where(real, m, 0).to(tl.int64)[:, None] * inputs + k[None, :]
+    real, there = m < rows, at < outputs
+    a_from = tl.where(real, m, 0).to(tl.int64)[:, None] * inputs + k[None, :]
     b_at = weight + tl.where(there, n, 0).to(tl.int64)[None, :] * inputs + k[:, None]
-    half = tl.cast(outputs, tl.int64) * inputs
-    total = tl.zeros([BM, BN], tl.int32)
-    total_up = total
-    for start in range(0, inputs, BK):
-        if EVEN:
-            a = tl.load(a_at + start)
-            b = tl.load(b_at + start)
-        else:
-            a = tl.load(a_at + start, mask=(start + k < inputs)[None, :], other=0)
-            b = tl.load(b_at + start, mask=(start + k < inputs)[:, None], other=0)
-        total = tl.dot(a, b, total, out_dtype=tl.int32)
-        if ACT != "":
-            if EVEN:
-                u = tl.load(b_at + half + start)
-            else:
-                u = tl.load(b_at + half + start, mask=(start + k < inputs)[:, None], other=0)
-            total_up = tl.dot(a, u, total_up, out_dtype=tl.int32)
-    row_scale = tl.load(scale + m, mask=real, other=0.0) * (1 / 127)
-    y = total.to(tl.float32) * row_scale[:, None]
-    y = y * (tl.load(weight_scale + n, mask=there, other=0.0) * (1 / 127))[None, :]
+    columns = tl.load(weight_scale + n, mask=there, other=0.0) * (1 / 127)
+    count = 0
     if OUTLIERS:
-        y += _outliers(
-            x, strip, weight, weight_scale, weight_strip, found, m, n, rows, outputs, inputs, BM, BN, CAPACITY
-        )
+        count = tl.load(found)
+    if count <= CAPACITY:
+        total = _whole(values + a_from, b_at, tl.zeros([BM, BN], tl.int32), inputs, k, BK, EVEN)
+        y = total.to(tl.float32) * (tl.load(scale + m, mask=real, other=0.0) * (1 / 127))[:, None]
+        y = y * columns[None, :]
+        if OUTLIERS:
+            y = _strips(y, strip, weight_strip, m, n, rows, HALVES * outputs, count, CAPACITY)
+    else:  # more columns than the strips hold: all of them in 16 bit, which is only more exact
+        y = _whole(x + a_from, b_at, tl.zeros([BM, BN], tl.float32), inputs, k, BK, EVEN)
+        y = y * columns[None, :]
     if BIAS:
         y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
     if ACT != "":
-        up_n = outputs + n
-        up = total_up.to(tl.float32) * row_scale[:, None]
-        up = up * (tl.load(weight_scale + up_n, mask=there, other=0.0) * (1 / 127))[None, :]
-        if OUTLIERS:
-            up += _outliers(
-                x, strip, weight, weight_scale, weight_strip, found, m, up_n, rows, 2 * outputs, inputs, BM,
-                BN, CAPACITY,
-            )  # fmt: skip
-        if BIAS:
-            up += tl.load(bias + up_n, mask=there, other=0.0).to(tl.float32)[None, :]
-        y = activate(y, ACT) * up
-    place = m.to(tl.int64)[:, None] * outputs + n[None, :]
-    keep = real[:, None] & there[None, :]
+        y = tl.trans(tl.reshape(y, [BM, 2, WIDTH]), 0, 2, 1)
+        gate, up = tl.split(y)
+        y = activate(gate, ACT) * up
+        at = inside // height * WIDTH + tl.arange(0, WIDTH)
+    keep = real[:, None] & (at < outputs)[None, :]
+    place = m.to(tl.int64)[:, None] * outputs + at[None, :]
     if RESIDUAL:
         y += tl.load(residual + place, mask=keep, other=0.0).to(tl.float32)
     tl.store(out + place, y, mask=keep)
@@ -215,10 +202,10 @@ def product(
         found = torch.empty(inputs + 1, dtype=torch.int32, device=x.device)
         strip = torch.empty(rows, CAPACITY, dtype=x.dtype, device=x.device)
         weight_strip = torch.empty(weight.shape[0], CAPACITY, dtype=x.dtype, device=x.device)
-        across = triton.cdiv(inputs, 256)
+        across = triton.cdiv(inputs, 512)
         some = max(16, triton.cdiv(rows * across, 8 * multiprocessors(x.device)))  # rows a program
         _find[(across, triton.cdiv(rows, some))](
-            x, flags, rows, inputs, threshold, ROWS=some, BLOCK=256, num_warps=2
+            x, flags, rows, inputs, threshold, ROWS=some, BLOCK=512, num_warps=2
         )
         _list[(1,)](flags, found, inputs, BLOCK=block, num_warps=8)
         _gather[(triton.cdiv(weight.shape[0], 32),)](
@@ -229,7 +216,8 @@ def product(
         BLOCK=block, num_warps=min(max(block // 1024, 1), 16),
     )  # fmt: skip
     bm, bn, bk, warps, stages = tile or tiles(rows, outputs, act is not None, x.device)
-    _product[(triton.cdiv(rows, bm) * triton.cdiv(outputs, bn),)](
+    width = bn // 2 if act else bn
+    _product[(triton.cdiv(rows, bm) * triton.cdiv(outputs, width),)](
         x, values, scale, strip, weight, weight_scale, weight_strip, found, bias,
         None if residual is None else residual.contiguous(), out, rows, outputs, inputs,
         OUTLIERS=outliers, BIAS=bias is not None, ACT=act or "", RESIDUAL=residual is not None,
@@ -240,8 +228,7 @@ def product(
 
 
 def tiles(rows: int, outputs: int, gated: bool, device: torch.device) -> tuple[int, int, int, int, int]:
-    """Rows, outputs and inputs of a tile, warps and stages."""
-    if gated:
-        return 128, 128, 128, 8, 3
-    many = triton.cdiv(rows, 128) * triton.cdiv(outputs, 256) >= 2 * multiprocessors(device)
+    """Rows, columns of the weight and inputs of a tile, warps and stages; measured on an H100."""
+    columns = 2 * outputs if gated else outputs
+    many = triton.cdiv(rows, 128) * triton.cdiv(columns, 256) >= 2 * multiprocessors(device)
     return (128, 256, 128, 8, 3) if many else (128, 128, 128, 8, 4)

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -90,30 +91,27 @@ def multiplier(dtype: torch.dtype) -> str:
     return f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {operands};"
 
 
-@gluon.jit
-def _load2(address):
-    """Two words of the weight, which nobody reads again."""
-    return gl.inline_asm_elementwise(
-        "ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [address],
-        dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+@constexpr_function
+def _load(words: int, offset: int, weight: bool) -> str:
+    """PTX that loads so many words from a thread's address and an offset. Nobody reads the weight again; x
+    and scales are read by other warps too."""
+    kind = "ld.global.nc.L1::no_allocate.L2::128B" if weight else "ld.global"
+    outputs = ", ".join(f"${i}" for i in range(words))
+    return f"{kind}.v{words}.b32 {{{outputs}}}, [${words} + {offset}];"
 
 
 @gluon.jit
-def _load4(address):
+def _two_words(address, ASM: gl.constexpr):
     return gl.inline_asm_elementwise(
-        "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+        ASM, "=r,=r,l", [address], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
+    )
 
 
 @gluon.jit
-def _load_x(address):
-    """Eight neighbours of a row of x, which other warps read too."""
+def _four_words(address, ASM: gl.constexpr):
     return gl.inline_asm_elementwise(
-        "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
+        ASM, "=r,=r,=r,=r,l", [address], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -144,24 +142,65 @@ def _multiply(a, b, c, ASM: gl.constexpr):
 
 
 @gluon.jit
-def _codes(bases, at, BITS: gl.constexpr, TILES: gl.constexpr):
+def _codes(bases, at, BITS: gl.constexpr, TILES: gl.constexpr, PLACE: gl.constexpr):
     """The codes of one step: for each of the rows a thread works on, two words of eight, or four of four."""
     found = ()
     for i in gl.static_range(2 * TILES):
-        found += (_load2(bases[i] + at) if BITS == 4 else _load4(bases[i] + at),)
+        if BITS == 4:
+            found += (_two_words(bases[i] + at, _load(2, 4 * STEP // 8 * PLACE, True)),)
+        else:
+            found += (_four_words(bases[i] + at, _load(4, STEP * PLACE, True)),)
     return found
 
 
 @gluon.jit
-def _scale(scales, table, nested, offset, at, real, DOUBLE: gl.constexpr):
-    """float32 scale of the blocks `at`, 0 where not `real`."""
-    if DOUBLE:
-        s = gl.load(table + gl.load(scales + at, mask=real, other=0).to(gl.int32))
-        group = at // 256
-        s = s * gl.load(nested + group, mask=real, other=0.0) + gl.load(offset + group, mask=real, other=0.0)
+def _of_x(address, PLACE: gl.constexpr):
+    """Sixteen neighbours of a row of x, as pairs."""
+    first = _four_words(address, _load(4, 2 * STEP * PLACE, False))
+    return first + _four_words(address, _load(4, 2 * STEP * PLACE + 16, False))
+
+
+@gluon.jit
+def _decoded(code, table, nested, offset, at, real):
+    """A doubly quantized scale, 0 where not `real`."""
+    group = at // 256
+    s = gl.load(table + code) * gl.load(nested + group, mask=real, other=0.0)
+    return s + gl.load(offset + group, mask=real, other=0.0)
+
+
+@gluon.jit
+def _scales(
+    scales, table, nested, offset, at, step, real, BLOCK: gl.constexpr, DOUBLE: gl.constexpr,
+    AHEAD: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """float32 scales of a row, whose first block is `at`, in the steps from `step` on; 0 where not `real`."""
+    found = ()
+    if WHOLE and BLOCK == 64 and AHEAD > 1:  # neighbours, in one load
+        at += step
+        if DOUBLE:
+            if AHEAD == 4:
+                word = gl.load((scales + at).to(gl.pointer_type(gl.uint32)), mask=real, other=0).to(gl.int32)
+            else:
+                word = gl.load((scales + at).to(gl.pointer_type(gl.uint16)), mask=real, other=0).to(gl.int32)
+            for i in gl.static_range(AHEAD):
+                found += (_decoded(word >> (8 * i) & 255, table, nested, offset, at, real),)
+        else:
+            address = (scales + at).to(gl.int64)
+            if AHEAD == 4:
+                words = _four_words(address, _load(4, 0, False))
+            else:
+                words = _two_words(address, _load(2, 0, False))
+            for i in gl.static_range(AHEAD):
+                found += (gl.where(real, words[i].to(gl.float32, bitcast=True), 0.0),)
     else:
-        s = gl.load(scales + at, mask=real, other=0.0)
-    return s
+        for i in gl.static_range(AHEAD):
+            block = at + (step + i) * STEP // BLOCK
+            if DOUBLE:
+                code = gl.load(scales + block, mask=real, other=0).to(gl.int32)
+                found += (_decoded(code, table, nested, offset, block, real),)
+            else:
+                found += (gl.load(scales + block, mask=real, other=0.0),)
+    return found
 
 
 @gluon.jit
@@ -227,12 +266,13 @@ def _product(
     inputs, steps,
     BITS: gl.constexpr, BLOCK: gl.constexpr, DOUBLE: gl.constexpr, BIAS: gl.constexpr, ACT: gl.constexpr,
     RESIDUAL: gl.constexpr, DECODER: gl.constexpr, MULTIPLIER: gl.constexpr, COLUMNS: gl.constexpr,
-    TILES: gl.constexpr, AHEAD: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr, SPLITS: gl.constexpr,
-    PDL: gl.constexpr,
+    TILES: gl.constexpr, AHEAD: gl.constexpr, WHOLE: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr,
+    SPLITS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """`COLUMNS` eights of rows of x against `TILES` sixteens of the weight's rows a warp (with ACT: of its
     gate half and of its up half), `WN` warps side by side and `WK` that share the inputs, as `SPLITS`
-    programs do; each of those takes `steps` steps. `AHEAD` steps of codes are in flight."""
+    programs do; each of those takes `steps` steps. `AHEAD` steps of codes are in flight; WHOLE: that divides
+    all there are."""
     gl.static_assert(TILES == 2 or ACT == "")
     THREADS: gl.constexpr = 32 * WN * WK
     L: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [1, 32], [1, WN * WK], [1, 0]))
@@ -261,13 +301,17 @@ def _product(
         # Loaded by each lane for itself: what all lanes share is moved to a register anew for each use.
         for i in gl.static_range(6):
             words += (gl.load(lookup + i * 32 + lane),)
-    last = inputs // STEP - 1  # the last step there is
+    # Steps come in runs of AHEAD: the codes of the next run are loaded while one is multiplied. A run that
+    # would reach past the last step (only the very last can, and not if WHOLE) begins earlier, and steps that
+    # have had their turn count nothing.
+    many = inputs // STEP
     begin = (gl.program_id(1) * WK + warp % WK) * steps
+    end = gl.minimum(begin + steps, many)
+    run = gl.minimum(begin, many - AHEAD)
     # Codes are known before the kernel ahead has ended; x is not.
     ahead = ()
     for i in gl.static_range(AHEAD):
-        step = gl.minimum(begin + i, last)
-        ahead += (_codes(bases, step.to(gl.int64) * (STEP * BITS // 8), BITS, TILES),)
+        ahead += (_codes(bases, run.to(gl.int64) * (STEP * BITS // 8), BITS, TILES, i),)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -282,34 +326,35 @@ def _product(
     for _ in gl.static_range(TILES * COLUMNS):
         sums += (nothing,)
     for start in range(0, steps, AHEAD):
+        first_step = begin + start
+        following = gl.minimum(first_step + AHEAD, many - AHEAD)
+        some = first_step < end
+        factors = ()
+        if BITS == 4:
+            for i in gl.static_range(2 * TILES):
+                some_scales = _scales(
+                    scales, table, nested, offset, blocks[i], run, some, BLOCK, DOUBLE, AHEAD, WHOLE
+                )
+                factors += (some_scales,)
+        x_at = run.to(gl.int64) * (2 * STEP)
+        codes_at = following.to(gl.int64) * (STEP * BITS // 8)
         for i in gl.static_range(AHEAD):
-            step = begin + start + i
-            real = (start + i < steps) & (step <= last)
-            held = gl.minimum(step, last)
-            wide = held.to(gl.int64) * (2 * STEP)
+            real = some if WHOLE else (run + i >= first_step) & (run + i < end)
             if COLUMNS <= 2:
                 rows_of_x = ()
                 for column in gl.static_range(COLUMNS):
-                    rows_of_x += (_load_x(sources[column] + wide) + _load_x(sources[column] + (wide + 16)),)
-            now = ahead[0]
-            following = gl.minimum(step + AHEAD, last).to(gl.int64) * (STEP * BITS // 8)
-            ahead = ahead[1:] + (_codes(bases, following, BITS, TILES),)  # noqa: RUF005
+                    rows_of_x += (_of_x(sources[column] + x_at, i),)
+            now = ahead[i]
             operands = ()
-            factors = ()
             for tile in gl.static_range(TILES):
                 operands += (_operands(now, words, tile, BITS, DECODER),)
-                if BITS == 4:
-                    block = held * STEP // BLOCK
-                    low = _scale(scales, table, nested, offset, blocks[2 * tile] + block, real, DOUBLE)
-                    high = _scale(scales, table, nested, offset, blocks[2 * tile + 1] + block, real, DOUBLE)
-                    factors += ((low, high),)
             new = ()
             for column in gl.static_range(COLUMNS):
                 if COLUMNS <= 2:
                     v = rows_of_x[column]
                 else:
-                    v = _load_x(sources[column] + wide) + _load_x(sources[column] + (wide + 16))
-                if BITS == 8:
+                    v = _of_x(sources[column] + x_at, i)
+                if BITS == 8 or not WHOLE:
                     v = _where(real, v)
                 for tile in gl.static_range(TILES):
                     old = sums[column * TILES + tile]
@@ -317,11 +362,13 @@ def _product(
                     for s in gl.static_range(4):
                         made = _multiply(operands[tile][s], (v[2 * s], v[2 * s + 1]), made, MULTIPLIER)
                     if BITS == 4:
-                        low, high = factors[tile]
+                        low, high = factors[2 * tile][i], factors[2 * tile + 1][i]
                         made = (old[0] + made[0] * low, old[1] + made[1] * low,
                                 old[2] + made[2] * high, old[3] + made[3] * high)  # fmt: skip
                     new += (made,)
             sums = new
+            ahead = ahead[:i] + (_codes(bases, codes_at, BITS, TILES, i),) + ahead[i + 1 :]  # noqa: RUF005
+        run = following
 
     # Sums of the warps that shared the inputs are added up, always in the same order: [sums, WN, WK, 32].
     SUMS: gl.constexpr = 4 * COLUMNS * TILES // HALVES  # a thread's, of each half
@@ -436,6 +483,9 @@ def product(
     out = torch.empty(rows, halved, dtype=x.dtype, device=x.device)
     columns = triton.next_power_of_2(triton.cdiv(rows, 8))
     programs = triton.cdiv(halved, cut.wn * (16 * cut.tiles // (2 if act else 1)))
+    # A multiple of `ahead` of them for each warp.
+    ahead = min(cut.ahead, 1 << (inputs // 64).bit_length() - 1)
+    steps = triton.cdiv(inputs, 64 * ahead * cut.wk * cut.splits) * ahead
     memory = None
     if cut.splits > 1:
         memory = workspace(
@@ -445,11 +495,11 @@ def product(
         x.contiguous(), codes, lookup, scales.absmax, scales.table, scales.nested, scales.offset, bias,
         None if residual is None else residual.contiguous(), out, memory.parts if memory else None,
         memory.counters if memory else None, rows, halved, inputs,
-        triton.cdiv(inputs, 64 * cut.wk * cut.splits),
+        steps,
         BITS=bits, BLOCK=block, DOUBLE=scales.table is not None, BIAS=bias is not None, ACT=act or "",
         RESIDUAL=residual is not None,
         DECODER=decoder, MULTIPLIER=multiplier(x.dtype), COLUMNS=columns, TILES=cut.tiles,
-        AHEAD=cut.ahead, WN=cut.wn, WK=cut.wk, SPLITS=cut.splits, num_warps=cut.wn * cut.wk,
+        AHEAD=ahead, WHOLE=inputs // 64 % ahead == 0, WN=cut.wn, WK=cut.wk, SPLITS=cut.splits, num_warps=cut.wn * cut.wk,
         **launch_options(x.device),
     )  # fmt: skip
     return out

@@ -71,7 +71,7 @@ class Linear(nn.Module):
 
     def pack(self, packed: Packed) -> None:
         """Hold the weight as `packed`, which has its shape, and let go of the dense one."""
-        self.weight, self.packed = None, packed
+        self.weight, self.packed = None, packed.train(self.training)
 
     def block(self) -> None:
         """Keep the weight in the layout that the CPU reads fastest, if there is one for it. The parameter

@@ -57,7 +57,8 @@ AROUND = [{}, {"bias": True}, {"residual": True}, {"bias": True, "residual": Tru
 
 
 def check_int8(rows: int, dtype: torch.dtype, device: str, outliers: int, act: str | None, tile=None) -> None:
-    """LLM.int8() of many rows beside what the CPU computes by PyTorch's own operations."""
+    """LLM.int8() of many rows beside what the CPU computes by PyTorch's own operations; or, with more outliers
+    than the kernel has room for, the product in 16 bit."""
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 96, generator=generator).clamp(-4, 4).to(dtype)
     for at in range(outliers):
@@ -66,6 +67,8 @@ def check_int8(rows: int, dtype: torch.dtype, device: str, outliers: int, act: s
     bias, outputs = torch.randn(76, generator=generator).to(dtype), 38 if act else 76
     residual = torch.randn(rows, outputs, generator=generator).to(dtype)
     y = packed.product(x, bias).float()
+    if outliers > int8_triton.CAPACITY:
+        y = F.linear(x.float(), packed.dequantize(torch.float32), bias.float())
     want = residual + (y if act is None else glu(y, act))
     packed.to(device)
     got = int8_triton.product(
@@ -243,7 +246,13 @@ def few_rows(arch: int, bits: int, rows: int, act: str, double: bool, dtype: tor
         "DECODER": f"={decoder}",
         "MULTIPLIER": f"={packed_rows.multiplier(dtype)}",
     }
-    arguments |= {"COLUMNS": max(1, rows // 8), "TILES": cut.tiles, "AHEAD": cut.ahead, "WN": cut.wn}
+    arguments |= {
+        "COLUMNS": max(1, rows // 8),
+        "TILES": cut.tiles,
+        "AHEAD": cut.ahead,
+        "WHOLE": True,
+        "WN": cut.wn,
+    }
     arguments |= {"WK": cut.wk, "SPLITS": 2, "PDL": arch >= 90}
     return Spec("taut.kernels.packed_rows", "_product", arch, arguments, {"num_warps": cut.wn * cut.wk})
 
