@@ -350,10 +350,7 @@ def _product(
                 operands += (_operands(now, words, tile, BITS, DECODER),)
             new = ()
             for column in gl.static_range(COLUMNS):
-                if COLUMNS <= 2:
-                    v = rows_of_x[column]
-                else:
-                    v = _of_x(sources[column] + x_at, i)
+                v = rows_of_x[column] if COLUMNS <= 2 else _of_x(sources[column] + x_at, i)
                 if BITS == 8 or not WHOLE:
                     v = _where(real, v)
                 for tile in gl.static_range(TILES):
@@ -499,7 +496,7 @@ def product(
         BITS=bits, BLOCK=block, DOUBLE=scales.table is not None, BIAS=bias is not None, ACT=act or "",
         RESIDUAL=residual is not None,
         DECODER=decoder, MULTIPLIER=multiplier(x.dtype), COLUMNS=columns, TILES=cut.tiles,
-        AHEAD=ahead, WHOLE=inputs // 64 % ahead == 0, WN=cut.wn, WK=cut.wk, SPLITS=cut.splits, num_warps=cut.wn * cut.wk,
-        **launch_options(x.device),
+        AHEAD=ahead, WHOLE=inputs // 64 % ahead == 0, WN=cut.wn, WK=cut.wk, SPLITS=cut.splits,
+        num_warps=cut.wn * cut.wk, **launch_options(x.device),
     )  # fmt: skip
     return out
