@@ -57,7 +57,7 @@ AROUND = [{}, {"bias": True}, {"residual": True}, {"bias": True, "residual": Tru
 
 
 def check_int8(rows: int, dtype: torch.dtype, device: str, outliers: int, act: str | None, tile=None) -> None:
-    """LLM.int8() of many rows beside what the CPU computes by PyTorch's own operations; with more outliers than
+    """LLM.int8() of many rows beside what the CPU computes with PyTorch alone; with more outliers than
     the kernel has room for, beside the product in 16 bit."""
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 96, generator=generator).clamp(-4, 4).to(dtype)
