@@ -423,16 +423,13 @@ class Cut:
 
 
 def cut_of(rows: int, outputs: int, inputs: int, gated: bool, bits: int, device: torch.device) -> Cut:
-    """Choice for `rows` rows through a weight of `outputs` (of each half, if gated) by `inputs`."""
-    warps, ahead = (4, 4) if rows <= 16 else (4, 2)
-    programs = triton.cdiv(outputs, 16 if gated else 32)
-    held = multiprocessors(device) * (3 if rows <= 16 else 2)  # programs at a time
-    steps = triton.cdiv(inputs, 64 * warps)  # of a warp
-    splits = min(
-        (s for s in (1, 2, 3, 4, 6, 8) if s == 1 or steps >= 2 * s * ahead),
-        key=lambda s: (triton.cdiv(programs * s, held) * (triton.cdiv(steps, s) + 2), s),
-    )
-    return Cut(2, ahead, 1, warps, splits)
+    """The choice for `rows` rows through a weight of `outputs` (of each half, if gated) by `inputs`."""
+    few = triton.cdiv(outputs, 32) < 2 * multiprocessors(device)  # programs, of 32 outputs each
+    if rows > 16:
+        return Cut(2, 2, 1, 8 if few and rows <= 32 else 4, 1)
+    if gated:
+        return Cut(2, 4, 1, 4, 1)
+    return Cut(1, 2, 1, 8, 1) if few else Cut(1, 4, 2, 4, 1)
 
 
 def refuses(x: Tensor, block: int | None = None) -> str | None:
