@@ -152,7 +152,8 @@ class Mlp:
 class Moe:
     """Mixture of experts: gated MLPs of `hidden`, of which each token is given to the `chosen` best of
     `experts`, weighted by the router's softmax (`normalised`: over the chosen alone); and a gated MLP of
-    `shared`, under a gate of its own, that all tokens pass."""
+    `shared`, under a gate of its own, that all tokens pass. `bias`: the router and the experts have them.
+    `limit`: the gate is at most that and up within it on both sides, and up gets 1 added (GPT-OSS)."""
 
     experts: int
     chosen: int
@@ -160,6 +161,8 @@ class Moe:
     act: str
     normalised: bool = False
     shared: int | None = None
+    bias: bool = False
+    limit: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,29 +18,44 @@ from torch import Tensor, nn
 
 from taut.checkpoint import Deferred, LazyTensor
 from taut.errors import WeightsError, nearest
+from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
-from taut.quant.base import Dense, Packed, Reordered, join
+from taut.quant.base import Dense, Packed, Reordered
+from taut.quant.mxfp4 import Mxfp4Experts
 from taut.quant.stored import AsStored, Packer
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `[disk_start, disk_start + rows)` of disk tensor `disk` are rows `[start, start + rows)` of
-    parameter `param`; `transposed` swaps the two dimensions of the disk tensor first; `index` picks one
-    entry of a parameter with a leading stack dimension."""
+    """Rows `[start, start + rows)` of parameter `param` are as many rows of disk tensor `disk`, every
+    `disk_step`th from `disk_start` on; `transposed` swaps the two dimensions of the disk tensor first.
+    `index` picks an expert of a parameter that stacks them, `entry` one of a disk tensor that does."""
 
     disk: str
     param: str
     rows: int
     start: int = 0
     disk_start: int = 0
+    disk_step: int = 1
     transposed: bool = False
     index: int | None = None
+    entry: int | None = None
 
     def view(self, param: Tensor) -> Tensor:
         """The rows of the parameter that this piece covers."""
         whole = param if self.index is None else param[self.index]
         return whole[self.start : self.start + self.rows] if whole.dim() else whole
+
+    def place(self, disk: Tensor) -> Tensor:
+        """The rows of the disk tensor, or of its entry, that this piece covers; of a transposed one, those of
+        its transpose."""
+        whole = disk.mT if self.transposed else disk
+        return whole[self.disk_start : self.disk_stop : self.disk_step] if whole.dim() else whole
+
+    @property
+    def disk_stop(self) -> int:
+        """One past the last row on disk."""
+        return self.disk_start + (self.rows - 1) * self.disk_step + 1
 
 
 class Rule(Protocol):
@@ -121,12 +136,14 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """Our parameter `ours` `[count, ...]` is `count` disk tensors; the last `{}` of `disk` counts them."""
+class Split:
+    """Our parameter `ours` `[count, rows, ...]` is `count` disk tensors; the last `{}` of `disk` counts
+    them."""
 
     disk: str
     ours: str
     count: int
+    rows: int
 
     def apply(self, pieces: list[Piece]) -> list[Piece]:
         pattern = _pattern(self.ours)
@@ -137,14 +154,59 @@ class Stacked:
                 out.append(piece)
                 continue
             for index in range(self.count):
-                out.append(replace(piece, disk=self.disk.format(*match.groups(), index), index=index))
+                disk = self.disk.format(*match.groups(), index)
+                out.append(replace(piece, disk=disk, index=index, rows=self.rows))
         return out
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Disk holds the tensors `ours` of all experts as one, `disk` `[experts, ...]`; the `{}` of `ours` stand
+    for the layer, the expert and, where there are several, one of the `parts` that lie along the rows: one
+    after the other, or, in `turns`, row by row. `transposed`: each expert's matrix is the other way round."""
+
+    disk: str
+    ours: str
+    parts: tuple[str, ...] = ()
+    turns: bool = False
+    transposed: bool = False
+
+    def apply(self, pieces: list[Piece]) -> list[Piece]:
+        names = {self._ours(part): at for at, part in enumerate(self.parts)} or {self.ours: 0}
+        patterns = [(_pattern(name), at) for name, at in names.items()]
+        out = []
+        for piece in pieces:
+            for pattern, at in patterns:
+                if (match := pattern.fullmatch(piece.disk)) is not None:
+                    *numbers, entry = match.groups()
+                    step = len(names) if self.turns else 1
+                    piece = replace(
+                        piece,
+                        disk=self.disk.format(*numbers),
+                        entry=int(entry),
+                        disk_start=at if self.turns else piece.start,
+                        disk_step=step,
+                        transposed=self.transposed,
+                    )
+                    break
+            out.append(piece)
+        return out
+
+    def _ours(self, part: str) -> str:
+        """The name of one part, with the numbers left open."""
+        return part.join(self.ours.rsplit("{}", 1))
+
+
+def apart(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The rules of files that hold the same experts one by one, under our own names: what small formats
+    need, which pack each matrix by itself."""
+    return tuple(rule for rule in rules if not isinstance(rule, Stacked))
+
+
 def _own_shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
-    """Names and shapes of a module's own parameters; a packed weight counts as the matrix it is."""
-    if isinstance(module, Linear) and module.packed is not None:
-        yield "weight", torch.Size((module.out_features, module.in_features))
+    """Names and shapes of a module's own parameters; a packed weight counts as the matrices it is."""
+    if isinstance(module, Linear | ExpertLinear) and module.packed is not None:
+        yield "weight", module.shape
     for kind, param in module.named_parameters(recurse=False):
         yield kind, param.shape
 
@@ -160,25 +222,37 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     """Every parameter of `model`, cut into the tensors a checkpoint of its family holds.
 
-    A `Linear` with parts gives one piece a part, under the part's own name beside the module. The rules
-    then apply in order, each to what the one before gave.
+    A `Linear` with parts gives one piece a part, under the part's own name beside the module; an
+    `ExpertLinear` the same for each expert, behind its number. The rules then apply in order, each to what
+    the one before gave.
     """
     pieces: list[Piece] = []
     for path, module in model.named_modules():
+        beside = path[: path.rfind(".") + 1]
         for kind, shape in _own_shapes(module):
             name = f"{path}.{kind}" if path else kind
-            if not (isinstance(module, Linear) and module.parts):
+            if isinstance(module, ExpertLinear):
+                parts = module.parts or {path[len(beside) :]: module.out_features}
+                for expert in range(module.experts):
+                    for part, start, rows in _spans(parts):
+                        disk = f"{beside}{expert}.{part}.{kind}"
+                        pieces.append(Piece(disk, name, rows, start, index=expert))
+            elif isinstance(module, Linear) and module.parts:
+                for part, start, rows in _spans(module.parts):
+                    pieces.append(Piece(f"{beside}{part}.{kind}", name, rows, start))
+            else:
                 pieces.append(Piece(name, name, shape[0] if shape else 1))
-                continue
-            beside, start = path[: path.rfind(".") + 1], 0
-            for part, rows in module.parts.items():
-                pieces.append(Piece(f"{beside}{part}.{kind}", name, rows, start))
-                start += rows
     for rule in rules:
         pieces = rule.apply(pieces)
-    stacked = {piece.param for piece in pieces if piece.index is not None}
-    shapes = _shapes(model)
-    return [replace(p, rows=shapes[p.param][1]) if p.param in stacked else p for p in pieces]
+    return pieces
+
+
+def _spans(parts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
+    """Each part with its first row and its rows."""
+    start = 0
+    for part, rows in parts.items():
+        yield part, start, rows
+        start += rows
 
 
 def with_prefix(tensors: Mapping[str, LazyTensor], expected: Iterable[str]) -> Mapping[str, LazyTensor]:
@@ -196,14 +270,18 @@ def with_prefix(tensors: Mapping[str, LazyTensor], expected: Iterable[str]) -> M
 def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
     """The shape each disk tensor should have."""
     shapes: dict[str, tuple[int, ...]] = {}
+    entries: dict[str, int] = {}
     flipped: set[str] = set()
     for piece in pieces:
         own = tuple(params[piece.param])[piece.index is not None :]
-        rows = max(shapes.get(piece.disk, (0,))[0], piece.disk_start + piece.rows) if own else 0
+        rows = max(shapes.get(piece.disk, (0,))[0], piece.disk_stop) if own else 0
         shapes[piece.disk] = (rows, *own[1:]) if own else ()
         if piece.transposed:
             flipped.add(piece.disk)
-    return {name: shape[::-1] if name in flipped else shape for name, shape in shapes.items()}
+        if piece.entry is not None:
+            entries[piece.disk] = max(entries.get(piece.disk, 0), piece.entry + 1)
+    shapes.update({name: shapes[name][::-1] for name in flipped})
+    return {name: (entries[name], *shape) if name in entries else shape for name, shape in shapes.items()}
 
 
 def check(
@@ -224,14 +302,14 @@ def check(
         for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
-    lines = [f"missing: {name} {list(expected[name])}{nearest(name, unexpected)}" for name in missing]
-    lines += [
-        f"unexpected: {name} {list(tensors[name].shape)}{nearest(name, missing)}" for name in unexpected
-    ]
-    lines += [f"wrong shape: {line}" for line in misshapen]
-    if lines:
-        shown, hidden = lines[:40], len(lines) - 40
-        more = [f"... and {hidden} more"] if hidden > 0 else []
+    count = len(missing) + len(unexpected) + len(misshapen)
+    if count:
+        # Only what is shown looks for its nearest names: of thousands of experts that takes minutes.
+        shown = [f"missing: {n} {list(expected[n])}{nearest(n, unexpected)}" for n in missing[:40]]
+        others = unexpected[: 40 - len(shown)]
+        shown += [f"unexpected: {n} {list(tensors[n].shape)}{nearest(n, missing)}" for n in others]
+        shown += [f"wrong shape: {line}" for line in misshapen[: 40 - len(shown)]]
+        more = [f"... and {count - 40} more"] if count > 40 else []
         raise WeightsError(
             f"the checkpoint does not fit the model ({len(missing)} missing, {len(unexpected)} unexpected, "
             f"{len(misshapen)} of another shape); is config.json the one of these weights?\n  "
@@ -256,10 +334,11 @@ def load(
 ) -> None:
     """Fill a model built on the meta device, in `dtype` on `device`, one slice at a time.
 
-    `packers` names the checkpoint's matrices that their `Linear` is to hold packed, and how; each becomes so
-    before the next is read. All or nothing: names and shapes are checked before anything is allocated, and
-    parameters replace the meta ones only once every slice has been read. Peak host memory is the model (if
-    it lives on the host) plus one slice. `progress(done, total)` is called with bytes of the finished model.
+    `packers` names the checkpoint's matrices (or stacks of experts' matrices) that are to be held packed,
+    and how; each becomes so before the next is read. All or nothing: names and shapes are checked before
+    anything is allocated, and parameters replace the meta ones only once every slice has been read. Peak host
+    memory is the model (if it lives on the host) plus one slice. `progress(done, total)` is called with bytes
+    of the finished model.
     """
     device, shapes = torch.device(device), _shapes(model)
     # A stored packed matrix is upright whatever way its dense one would lie.
@@ -270,7 +349,7 @@ def load(
     dense_pieces = [piece for piece in pieces if piece.param not in runs]
 
     def size(disk: str, rows: int, param: str) -> int:
-        whole = (rows, *shapes[param][1:])
+        whole = (rows, shapes[param][-1])
         return packers[disk].nbytes(whole) if disk in packers else torch.Size(whole).numel() * dtype.itemsize
 
     sizes = {
@@ -289,33 +368,51 @@ def load(
 
     params = dict(model.named_parameters())
     filled = {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items() if n not in runs}
+    entries = _Entries(device)
     for piece in dense_pieces:
         target = piece.view(filled[piece.param])
-        _fill(target, piece, tensors[piece.disk])
+        _fill(target, piece, tensors[piece.disk], entries)
         report(target.numel() * dtype.itemsize)
-    packed: dict[str, Packed] = {}
+    packed: dict[str, list[Packed]] = {}
     for name, found in runs.items():
         units = []
         for run, count in zip(found, sizes[name], strict=True):
-            units.append(
-                _pack(run, tensors[run[0].disk], packers.get(run[0].disk), shapes[name], dtype, device)
-            )
+            source, packer = tensors[run[0].disk], packers.get(run[0].disk)
+            units.append(_pack(run, source, packer, shapes[name][-1], dtype, entries))
             report(count)
-        packed[name] = join(units)
+        packed[name] = units
     for name, tensor in filled.items():
         path, _, kind = name.rpartition(".")
         setattr(
             model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=params[name].requires_grad)
         )
-    for name, weight in packed.items():
-        model.get_submodule(name.removesuffix(".weight")).pack(weight)
+    for name, units in packed.items():
+        model.get_submodule(name.removesuffix(".weight")).pack(units)
 
 
-def _fill(target: Tensor, piece: Piece, source: LazyTensor) -> None:
+class _Entries:
+    """Reads single entries of stacked tensors, computing on `device` what is computed, and keeps the last:
+    its parts are asked for one after the other."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._last: tuple[str, int, Tensor] = ("", -1, torch.empty(0))
+
+    def read(self, source: LazyTensor, name: str, entry: int) -> Tensor:
+        if self._last[:2] != (name, entry):
+            where = {"device": self.device} if isinstance(source, Mxfp4Experts) else {}
+            self._last = (name, entry, source.read(entry, entry + 1, **where)[0])
+        return self._last[2]
+
+
+def _fill(target: Tensor, piece: Piece, source: LazyTensor, entries: _Entries) -> None:
     """Copy a piece's rows into `target`, a slice at a time."""
+    if piece.entry is not None:
+        target.copy_(piece.place(entries.read(source, piece.disk, piece.entry)))
+        return
     for begin, end in _slices(piece, source):
         if piece.transposed:
-            target.copy_(source.read().T[piece.disk_start : piece.disk_start + piece.rows])
+            target.copy_(piece.place(source.read()))
         elif target.dim():
             target[begin:end].copy_(source.read(piece.disk_start + begin, piece.disk_start + end))
         else:
@@ -326,52 +423,57 @@ def _pack(
     run: list[Piece],
     source: LazyTensor,
     packer: Packer | None,
-    shape: torch.Size,
+    inputs: int,
     dtype: torch.dtype,
-    device: torch.device,
+    entries: _Entries,
 ) -> Packed:
     """The matrix of one run of pieces, as its packer makes it from the file's order, or dense where it has
-    none."""
+    none. What a file stacks is packed part by part, since no other reader knows it packed."""
     rows = sum(p.rows for p in run)
+    stacked = run[0].entry is not None
     order = torch.empty(rows, dtype=torch.int64)  # of each row of ours, its place in the file
     for piece in run:
         order[piece.start - run[0].start :][: piece.rows] = torch.arange(piece.rows) + piece.disk_start
     order -= order.min()
 
     def read() -> Tensor:
-        whole = torch.empty(rows, shape[1], dtype=dtype, device=device)
+        whole = torch.empty(rows, inputs, dtype=dtype, device=entries.device)
         first = min(p.disk_start for p in run)
         for piece in run:
-            _fill(whole[piece.disk_start - first :][: piece.rows], piece, source)
+            at = 0 if stacked else piece.disk_start - first
+            _fill(whole[at:][: piece.rows], piece, source, entries)
         return whole
 
-    packed = Dense(read()) if packer is None else packer(source, read, device)
+    packed = Dense(read()) if packer is None else packer(source, read, entries.device)
     in_order = bool((order.diff() > 0).all())
-    return packed if in_order else Reordered(packed, order.to(device))
+    return packed if in_order else Reordered(packed, order.to(entries.device))
 
 
 def linears(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
-    """Names that checkpoints give to the matrices of every `Linear`, in the model's order."""
+    """Names that checkpoints give to the matrices of every `Linear` and `ExpertLinear`, in the model's
+    order."""
     found = _linear_pieces(model, layout(model, rules))
     return list(dict.fromkeys(piece.disk for pieces in found.values() for piece in pieces))
 
 
 def _linear_pieces(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
-    """The pieces of each `Linear`'s weight, from its first row to its last."""
-    names = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Linear)}
+    """The pieces of the weight of each `Linear` and `ExpertLinear`, from its first row to its last."""
+    kinds = Linear | ExpertLinear
+    names = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, kinds)}
     found: dict[str, list[Piece]] = {}
     for piece in pieces:
         if piece.param in names:
             found.setdefault(piece.param, []).append(piece)
-    return {name: sorted(own, key=lambda piece: piece.start) for name, own in found.items()}
+    return {name: sorted(own, key=lambda p: (p.index or 0, p.start)) for name, own in found.items()}
 
 
 def _runs(
     pieces: Sequence[Piece], linear: Mapping[str, list[Piece]], packers: Collection[str]
 ) -> dict[str, list[list[Piece]]]:
-    """For each `Linear` weight that has a packed matrix: its pieces, those of one disk tensor together.
+    """For each weight that has a packed matrix: its pieces, those of one disk tensor together.
 
-    A format packs a disk tensor as a whole, so it must lie in one weight.
+    A format packs a disk tensor as a whole, so it must lie in one weight; but a part of an expert by itself
+    where the disk tensor stacks experts.
     """
     rows: dict[str, int] = {}
     for piece in pieces:
@@ -382,13 +484,13 @@ def _runs(
             continue
         runs: list[list[Piece]] = []
         for piece in own:
-            if runs and runs[-1][0].disk == piece.disk:
+            if piece.entry is None and runs and runs[-1][0].disk == piece.disk:
                 runs[-1].append(piece)
             else:
                 runs.append([piece])
         for run in runs:
             whole = sum(piece.rows for piece in run) == rows[run[0].disk]
-            if run[0].disk in packers and not whole:
+            if run[0].disk in packers and run[0].entry is None and not whole:
                 raise WeightsError(
                     f"{run[0].disk} can't be packed: the model keeps its rows in more than one place "
                     f"({name}); name the module in llm_int8_skip_modules to leave it in 16 bit"
@@ -424,18 +526,21 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
         groups.setdefault(piece.disk, []).append(piece)
     units = _units(model, pieces)
 
-    def assemble(group: list[Piece]) -> Tensor:
-        parts = [p.view(dense(params[p.param])).cpu() for p in sorted(group, key=lambda p: p.disk_start)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return _flipped(whole, group[0].transposed)
+    def assemble(name: str, group: list[Piece]) -> Tensor:
+        parts = [p.view(dense(params[p.param])) for p in group]
+        if len(parts) == 1 and group[0].entry is None:
+            return _flipped(parts[0].cpu(), group[0].transposed)
+        whole = torch.empty(disk_shapes[name], dtype=parts[0].dtype)
+        for piece, part in zip(group, parts, strict=True):
+            piece.place(whole if piece.entry is None else whole[piece.entry]).copy_(part)
+        return whole
 
     out = []
     for name, group in groups.items():
         shape, unit = disk_shapes[name], units.get(name)
         if unit is None:
-            out.append(
-                Deferred(name, shape, params[group[0].param].dtype, lambda group=group: assemble(group))
-            )
+            make = lambda name=name, group=group: assemble(name, group)  # noqa: E731
+            out.append(Deferred(name, shape, params[group[0].param].dtype, make))
         elif unit.dense_on_disk:
             flip = group[0].transposed
             make = lambda unit=unit, flip=flip: _flipped(unit.dequantize(dtype).cpu(), flip)  # noqa: E731
@@ -461,3 +566,22 @@ def _units(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, Packed]:
             names = dict.fromkeys(piece.disk for piece in own)
             found.update(zip(names, packed.units(), strict=True))
     return found
+
+
+def fitting(model: nn.Module, layouts: Sequence[Sequence[Rule]], tensors: Collection[str]) -> Sequence[Rule]:
+    """Of the layouts that a family's files may have, the one whose names `tensors` lacks the fewest of, the
+    first of equals."""
+    if len(layouts) == 1:
+        return layouts[0]
+    return min(layouts, key=lambda rules: len({p.disk for p in layout(model, rules)}.difference(tensors)))
+
+
+def storable(model: nn.Module, layouts: Sequence[Sequence[Rule]]) -> Sequence[Rule]:
+    """The first of the layouts that has a name for each matrix that the model holds packed."""
+    experts = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, ExpertLinear)}
+    packed = {name for name, module in experts.items() if module.packed is not None}
+
+    def names_all(rules: Sequence[Rule]) -> bool:
+        return not any(p.param in packed and p.entry is not None for p in layout(model, rules))
+
+    return next(rules for rules in layouts if not packed or names_all(rules))

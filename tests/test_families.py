@@ -169,6 +169,16 @@ def test_older_files_load_too(name, tmp_path):
     assert torch.equal(alone(older, rows(9)[0], "cpu"), alone(load(case), rows(9)[0], "cpu"))
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if "experts" in str(c.options)], ids=str)
+def test_files_with_the_names_of_transformers_modules_load_too(case, tmp_path):
+    """Experts in one tensor that files usually hold one by one, or under other names."""
+    oracle(case).save_pretrained(tmp_path, save_original_format=False)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    usual = load(case)
+    for (name, got), want in zip(other.named_parameters(), usual.parameters(), strict=True):
+        assert torch.equal(got, want), name
+
+
 def test_a_row_longer_than_the_learned_positions_is_refused():
     model = load(next(case for case in CASES if case.name == "opt"))
     with pytest.raises(RequestError, match="a row has 65 tokens, and the model has learned 64 positions"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from taut import weights
 from taut.errors import WeightsError
+from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.weights import Fused, Rename, Stacked, Transposed
 
@@ -38,7 +39,8 @@ class InMemory:
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(3, 5, 4))
+        self.gate_up = ExpertLinear(3, 4, {"gate": 5, "up": 2}, bias=True)
+        self.down = ExpertLinear(3, 5, 4)
 
 
 class Layer(nn.Module):
@@ -61,8 +63,17 @@ RULES = (
     Rename("h.{}.ln", "layers.{}.norm"),
     Fused("layers.{}.attn_qkv", ("q_proj", "k_proj", "v_proj")),
     Transposed("layers.{}.o_proj.weight"),
-    Stacked("layers.{}.experts.{}.w1", "layers.{}.experts.w1", 3),
+    Rename("layers.{}.experts.{}.w1", "layers.{}.experts.{}.gate"),
 )
+
+
+EXPERT = {
+    "w1.weight": (5, 4),
+    "w1.bias": (5,),
+    "up.weight": (2, 4),
+    "up.bias": (2,),
+    "down.weight": (4, 5),
+}
 
 
 def build() -> Model:
@@ -77,7 +88,7 @@ def files(rules=RULES) -> dict[str, InMemory]:
         **{f"layers.{i}.o_proj.weight": (6, 4) for i in range(2)},
         **{f"layers.{i}.attn_qkv.weight": (10, 4) for i in range(2)},
         **{f"layers.{i}.attn_qkv.bias": (10,) for i in range(2)},
-        **{f"layers.{i}.experts.{e}.w1": (5, 4) for i in range(2) for e in range(3)},
+        **{f"layers.{i}.experts.{e}.{n}": s for i in range(2) for e in range(3) for n, s in EXPERT.items()},
         **{f"h.{i}.ln.{kind}": (4,) for i in range(2) for kind in ("weight", "bias")},
     }
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +100,8 @@ def test_every_rule_loads_and_stores_the_same_tensors():
     model, disk = build(), files()
     weights.load(model, disk, RULES, dtype=torch.float32)
     assert torch.equal(model.layers[1].o_proj.weight, disk["layers.1.o_proj.weight"].tensor.T)
-    assert torch.equal(model.layers[0].experts.w1[2], disk["layers.0.experts.2.w1"].tensor)
+    last = [disk[f"layers.0.experts.2.{part}.weight"].tensor for part in ("w1", "up")]
+    assert torch.equal(model.layers[0].experts.gate_up.weight[2], torch.cat(last))
     assert torch.equal(model.layers[0].qkv_proj.weight, disk["layers.0.attn_qkv.weight"].tensor)
     stored = {tensor.name: tensor.read() for tensor in weights.store(model, RULES)}
     assert stored.keys() == disk.keys()
@@ -100,7 +112,9 @@ def test_every_rule_loads_and_stores_the_same_tensors():
 def test_parts_in_groups_are_interleaved_and_come_back():
     rules = (Fused("layers.{}.mixed", ("q_proj", "v_proj", "k_proj"), groups=2),)
     model = build()
-    disk = {name: InMemory(torch.rand(p.shape)) for name, p in model.named_parameters() if "qkv" not in name}
+    params = dict(model.named_parameters())
+    others = [piece for piece in weights.layout(model) if "qkv" not in piece.param]
+    disk = {p.disk: InMemory(torch.rand(p.view(params[p.param]).shape)) for p in others}
     for index in range(2):
         disk[f"layers.{index}.mixed.weight"] = InMemory(torch.rand(10, 4))
         disk[f"layers.{index}.mixed.bias"] = InMemory(torch.rand(10))
@@ -113,6 +127,37 @@ def test_parts_in_groups_are_interleaved_and_come_back():
     stored = {tensor.name: tensor.read() for tensor in weights.store(model, rules)}
     assert stored.keys() == disk.keys()
     assert all(torch.equal(stored[name], disk[name].tensor) for name in disk)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_that_lie_in_one_tensor_load_and_come_back(turns, transposed):
+    rules = (
+        Stacked("m.{}.inner", "m.{}.{}.{}.weight", ("gate", "up"), turns, transposed),
+        Stacked("m.{}.inner_bias", "m.{}.{}.{}.bias", ("gate", "up"), turns),
+        Stacked("m.{}.outer", "m.{}.{}.down.weight", transposed=transposed),
+    )
+    experts = {"gate_up": ExpertLinear(3, 4, {"gate": 5, "up": 5}, bias=True), "down": ExpertLinear(3, 5, 4)}
+    model = nn.ModuleDict({"m": nn.ModuleList([nn.ModuleDict(experts)])}).to("meta")
+    inner, bias, outer = torch.rand(3, 10, 4), torch.rand(3, 10), torch.rand(3, 4, 5)
+    flip = (lambda t: t.mT.contiguous()) if transposed else (lambda t: t)
+    disk = {"m.0.inner": InMemory(flip(inner)), "m.0.inner_bias": InMemory(bias)}
+    disk["m.0.outer"] = InMemory(flip(outer))
+    weights.load(model, disk, rules, dtype=torch.float32)
+    order = [*range(0, 10, 2), *range(1, 10, 2)] if turns else [*range(10)]
+    layer = model["m"][0]
+    assert torch.equal(layer["gate_up"].weight, inner[:, order])
+    assert torch.equal(layer["gate_up"].bias, bias[:, order])
+    assert torch.equal(layer["down"].weight, outer)
+    stored = {tensor.name: tensor.read() for tensor in weights.store(model, rules)}
+    assert stored.keys() == disk.keys()
+    assert all(torch.equal(stored[name], disk[name].tensor) for name in disk)
+    # One by one, where a small format needs it; and what fits a file is found.
+    names = {piece.disk for piece in weights.layout(model, weights.apart(rules))}
+    assert "m.0.2.up.weight" in names and "m.0.1.down.weight" in names and len(names) == 3 * 5
+    both = (rules, weights.apart(rules))
+    assert weights.fitting(model, both, names) == both[1]
+    assert weights.fitting(model, both, disk) == both[0]
 
 
 def test_names_without_their_first_word_are_completed():
@@ -135,14 +180,14 @@ def test_one_error_names_everything_and_nothing_is_loaded():
     model, disk = build(), files()
     del disk["h.1.ln.bias"]
     disk["h.1.ln.bais"] = InMemory(torch.zeros(4))
-    disk["layers.0.experts.1.w1"] = InMemory(torch.zeros(4, 5))
+    disk["layers.0.experts.1.w1.weight"] = InMemory(torch.zeros(4, 5))
     with pytest.raises(WeightsError) as caught:
         weights.load(model, disk, RULES, dtype=torch.float32)
     message = str(caught.value)
     assert "1 missing, 1 unexpected, 1 of another shape" in message
     assert "missing: h.1.ln.bias [4]; nearest: h.1.ln.bais" in message
     assert "unexpected: h.1.ln.bais [4]" in message
-    assert "layers.0.experts.1.w1: the file has [4, 5], the config asks for [5, 4]" in message
+    assert "layers.0.experts.1.w1.weight: the file has [4, 5], the config asks for [5, 4]" in message
     assert all(param.is_meta for param in model.parameters())
 
 

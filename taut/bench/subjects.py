@@ -15,8 +15,7 @@ from taut.bench.shapes import Shape
 from taut.engine.request import Request, SamplingParams
 from taut.engine.resident import Resident
 from taut.errors import RequestError
-from taut.layers.linear import Linear
-from taut.models import rules
+from taut.models import module_rules
 
 
 def make_model(shape: Shape, *, context: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -40,7 +39,7 @@ class Taut:
     @property
     def packed(self) -> bool:
         """Whether some weights are kept in fewer bits than they are computed in."""
-        return any(isinstance(m, Linear) and m.packed is not None for m in self.model.modules())
+        return self.model.is_quantized
 
     def forward(self, inputs: Inputs) -> Any:
         return self.model(inputs.ids, attention_mask=inputs.mask, **self._options)
@@ -94,14 +93,14 @@ def check_count(name: str, out: Tensor, inputs: Inputs, new_tokens: int) -> Tens
 
 @torch.no_grad()
 def shared_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of a Taut model under the names of its checkpoints, for a peer to compute with.
+    """The weights of a Taut model under the names of transformers' modules, for a peer to compute with.
 
     They are views of Taut's own memory wherever rows lie together there, so that a peer costs none; a
     matrix that Taut keeps in fewer bits is unpacked to the model's dtype.
     """
     held = {name: param.data for name, param in model.named_parameters()}
     groups: dict[str, list[weights.Piece]] = {}
-    for piece in weights.layout(model, rules(model.config)):
+    for piece in weights.layout(model, module_rules(model.config)):
         groups.setdefault(piece.disk, []).append(piece)
 
     def dense(name: str) -> Tensor:
@@ -109,7 +108,19 @@ def shared_weights(model: Any) -> dict[str, Tensor]:
             held[name] = model.get_submodule(name.removesuffix(".weight")).packed.dequantize(model.dtype)
         return held[name].to_dense() if held[name].is_mkldnn else held[name]
 
+    def stack(group: list[weights.Piece]) -> Tensor:
+        param, first = dense(group[0].param), group[0]
+        as_held = all((p.index, p.start, 1) == (p.entry, p.disk_start, p.disk_step) for p in group)
+        if as_held and sum(piece.rows for piece in group) == param.shape[:2].numel():
+            return param.mT if first.transposed else param
+        whole = torch.empty_like(param.mT if first.transposed else param)
+        for piece in group:
+            piece.place(whole[piece.entry]).copy_(piece.view(param))
+        return whole
+
     def whole(group: list[weights.Piece]) -> Tensor:
+        if group[0].entry is not None:
+            return stack(group)
         group = sorted(group, key=lambda piece: piece.disk_start)
         first = group[0]
         ends = [piece.start + piece.rows for piece in group]

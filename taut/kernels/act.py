@@ -21,7 +21,10 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 )
 
 
-def glu(gate_up: Tensor, act: str) -> Tensor:
-    """`act(gate) * up` for `gate_up` `[tokens, 2 * hidden]`, gate first; gives `[tokens, hidden]`."""
+def glu(gate_up: Tensor, act: str, limit: float | None = None) -> Tensor:
+    """`act(gate) * up` for `gate_up` `[tokens, 2 * hidden]`, gate first; gives `[tokens, hidden]`. With a
+    `limit`: `act(min(gate, limit)) * (clamp(up, -limit, limit) + 1)`."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
     return ACTIVATIONS[act](gate) * up

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from taut.kernels.dispatch import ops
 from taut.kernels.gemv import fuses, gemv
 from taut.kernels.linear import block, linear, why_not_blocked
 from taut.layers.norm import Norm
-from taut.quant.base import Packed
+from taut.quant.base import Packed, join
 
 
 class Linear(nn.Module):
@@ -69,9 +69,14 @@ class Linear(nn.Module):
             y = ops("act", y).glu(y, act)
         return y if residual is None else residual + y
 
-    def pack(self, packed: Packed) -> None:
-        """Hold the weight as `packed`, which has its shape, and let go of the dense one."""
-        self.weight, self.packed = None, packed.train(self.training)
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, however it is held."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def pack(self, units: Sequence[Packed]) -> None:
+        """Hold the weight packed, as these matrices one below the other, and let go of the dense one."""
+        self.weight, self.packed = None, join(units).train(self.training)
 
     def block(self) -> None:
         """Keep the weight in the layout that the CPU reads fastest, if there is one for it. The parameter

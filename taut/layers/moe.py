@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taut.config import Mlp, Moe
+from taut.kernels.linear import linear
+from taut.kernels.moe import mixture, route
+from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.layers.mlp import GatedMlp
 from taut.layers.norm import Norm
@@ -19,32 +21,42 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(config.experts, dtype=dtype)) if config.bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights, in float32 at least, and indices of the chosen experts, both `[tokens, chosen]`."""
-        scores = F.linear(x, self.weight)
-        shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        weights, chosen = shares.topk(self.config.chosen, -1)
-        return weights / weights.sum(-1, keepdim=True) if self.config.normalised else weights, chosen
+        """Weights, in float32 at least, and numbers of the chosen experts, both `[tokens, chosen]`."""
+        return route(linear(x, self.weight, self.bias), self.config.chosen, self.config.normalised)
 
     def extra_repr(self) -> str:
         return f"{self.config.chosen} of {self.config.experts}"
 
 
-class MoeMlp(nn.Module):
-    """`weight * expert(x)` summed over the experts chosen for each token, and, where there is a shared one,
-    `sigmoid(shared_expert_gate(x)) * shared_expert(x)`, on `[tokens, dim]`.
-
-    Tokens are sorted by expert, so that each expert in use runs once, and no other is read. How many tokens
-    each has decides shapes: the host waits for it.
-    """
+class Experts(nn.Module):
+    """Gated MLPs of one shape, their weights stacked."""
 
     def __init__(self, config: Moe, dim: int, *, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        expert = Mlp(config.hidden, config.act)
+        parts = {"gate_proj": config.hidden, "up_proj": config.hidden}
+        self.gate_up_proj = ExpertLinear(config.experts, dim, parts, bias=config.bias, dtype=dtype)
+        self.down_proj = ExpertLinear(config.experts, config.hidden, dim, bias=config.bias, dtype=dtype)
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """`weight * expert(x)` summed over the experts chosen for each token."""
+        c = self.config
+        gate_up, down = self.gate_up_proj.products(), self.down_proj.products()
+        return mixture(x, weights, chosen, c.experts, gate_up, down, c.act, c.limit)
+
+
+class MoeMlp(nn.Module):
+    """The sum of the experts chosen for each token, and, where there is a shared one, `sigmoid(
+    shared_expert_gate(x)) * shared_expert(x)`, on `[tokens, dim]`."""
+
+    def __init__(self, config: Moe, dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
         self.gate = Router(config, dim, dtype=dtype)
-        self.experts = nn.ModuleList(GatedMlp(expert, dim, dtype=dtype) for _ in range(config.experts))
+        self.experts = Experts(config, dim, dtype=dtype)
         self.shared_expert = self.shared_expert_gate = None
         if config.shared is not None:
             self.shared_expert = GatedMlp(Mlp(config.shared, config.act), dim, dtype=dtype)
@@ -53,15 +65,7 @@ class MoeMlp(nn.Module):
     def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """`residual + mlp(norm(x))`, norm and residual where given."""
         x = x if norm is None else norm(x)
-        weights, chosen = self.gate(x)
-        order = chosen.flatten().argsort(stable=True)  # of the tokens' choices: those of expert 0 first
-        counts = chosen.flatten().bincount(minlength=self.config.experts).tolist()
-        tokens = (order // self.config.chosen).split(counts)
-        shares = weights.flatten()[order].split(counts)
-        out = torch.zeros_like(x)
-        for expert, rows, share in zip(self.experts, tokens, shares, strict=True):
-            if len(rows):
-                out = out.index_add(0, rows, (expert(x[rows]) * share[:, None]).to(x.dtype))
+        out = self.experts(x, *self.gate(x))
         if self.shared_expert is not None:
             out = out + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
         return out if residual is None else residual + out

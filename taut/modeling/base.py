@@ -29,10 +29,10 @@ from taut.layers.block import Block
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 from taut.modeling.plan import Plan, make_plan
-from taut.models import family, read_config, rules
+from taut.models import family, layouts, read_config
 from taut.placement import pick_device, pick_dtype
 from taut.quant.base import Packed, Stack
-from taut.quant.choose import asked, choose
+from taut.quant.choose import asked, choose, unpacked
 from taut.quant.config import BitsAndBytesConfig
 
 Self = TypeVar("Self", bound="PreTrainedModel")
@@ -216,7 +216,7 @@ class PreTrainedModel(nn.Module):
             local_files_only=local_files_only,
             gguf_file=gguf_file,
         )
-        checkpoint = open_checkpoint(path)
+        checkpoint = unpacked(open_checkpoint(path))
         config = read_config(checkpoint.config, f"{path}: config")
         if model_type not in (None, config.model_type):
             raise ConfigError(
@@ -228,7 +228,7 @@ class PreTrainedModel(nn.Module):
         kind = pick_dtype(choice, config, checkpoint, target)
         with torch.device("meta"):
             model = cls(config, dtype=kind)
-        mapping = rules(config)
+        mapping = weights.fitting(model, layouts(config), checkpoint.tensors)
         names = [piece.disk for piece in weights.layout(model, mapping)]
         checkpoint = replace(checkpoint, tensors=weights.with_prefix(checkpoint.tensors, names))
         keep = choice in ("auto", None) and kind is torch.bfloat16 and target.type == "cpu"
@@ -333,7 +333,7 @@ class PreTrainedModel(nn.Module):
         """Write `config.json`, `generation_config.json` and safetensors under the names that transformers
         and every other reader know; shards of at most `max_shard_size`."""
         folder = Path(folder)
-        tensors = weights.store(self, rules(self.config))
+        tensors = weights.store(self, weights.storable(self, layouts(self.config)))
         write_safetensors(folder, tensors, max_shard_size)
         rewritten = ("torch_dtype", "dtype", "quantization_config")
         source = {k: v for k, v in self.config.source.items() if k not in rewritten}

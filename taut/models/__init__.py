@@ -1,5 +1,6 @@
 """The families: `models/<model_type>.py` is the whole registry, each with its `ARCHITECTURE` (transformers'
-class name), a `read` and `RULES`, or, where the files' layout depends on the config, `rules(config)`."""
+class name), a `read` and `RULES`, or, where the files' layout depends on the config, `rules(config)`; and
+`MODULES`, the same for transformers' modules, where these have other names than its files."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from taut.config import ModelConfig, Reader
 from taut.errors import ConfigError, nearest
-from taut.weights import Rule
+from taut.weights import Rule, apart
 
 
 def families() -> list[str]:
@@ -48,3 +49,14 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """How the names on disk of a model's family map onto Taut's."""
     module = family(config.model_type)
     return module.rules(config) if hasattr(module, "rules") else module.RULES
+
+
+def module_rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """How the names of transformers' modules map onto Taut's."""
+    return getattr(family(config.model_type), "MODULES", None) or rules(config)
+
+
+def layouts(config: ModelConfig) -> list[tuple[Rule, ...]]:
+    """Every layout that files of a model's family may have: its `rules` first."""
+    usual = rules(config)
+    return list(dict.fromkeys((usual, module_rules(config), apart(usual))))

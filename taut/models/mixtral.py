@@ -9,7 +9,7 @@ from taut.config import ModelConfig, Moe, Reader, activation, finish
 from taut.errors import ConfigError
 from taut.models.llama import RULES as LLAMA
 from taut.models.llama import norm, pre_norm_layers, tied
-from taut.weights import Rename, renames
+from taut.weights import Rename, Stacked, renames
 
 ARCHITECTURE = "MixtralForCausalLM"
 
@@ -20,6 +20,14 @@ RULES = (
         "model.layers.{}.block_sparse_moe.experts.{}",
         {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
     ),
+)
+
+# Files have these names too, where transformers was asked for them (`save_original_format=False`).
+_EXPERTS = "model.layers.{}.mlp.experts"
+MODULES = (
+    *LLAMA,
+    Stacked(f"{_EXPERTS}.gate_up_proj", f"{_EXPERTS}.{{}}.{{}}.weight", ("gate_proj", "up_proj")),
+    Stacked(f"{_EXPERTS}.down_proj", f"{_EXPERTS}.{{}}.down_proj.weight"),
 )
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from taut.config import Layer, ModelConfig, Reader, finish, windows
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
-from taut.models.mixtral import experts
+from taut.models.mixtral import MODULES, experts
 
 ARCHITECTURE = "Qwen2MoeForCausalLM"
 
-__all__ = ["RULES", "read", "sparse"]
+__all__ = ["MODULES", "RULES", "read", "sparse"]
 
 
 def sparse(r: Reader, layers: list[Layer], shared: int | None = None) -> list[Layer]:

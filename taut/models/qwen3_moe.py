@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from taut.config import ModelConfig, Reader, finish
 from taut.models.llama import RULES, norm, pre_norm_layers, tied
+from taut.models.mixtral import MODULES
 from taut.models.qwen2_moe import sparse
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 
-__all__ = ["RULES", "read"]
+__all__ = ["MODULES", "RULES", "read"]
 
 
 def read(r: Reader) -> ModelConfig:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from taut.config import ModelConfig, Norm, Reader, finish
 from taut.models.llama import RULES as LLAMA
 from taut.models.llama import pre_norm_layers, rotary, tied
-from taut.weights import Rule, Stacked
+from taut.weights import Rule, Split
 
 ARCHITECTURE = "StableLmForCausalLM"
 
@@ -17,11 +17,11 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Llama's; a norm of each head is a module of its own on disk."""
     attn, at = config.layers[0].attn, "model.layers.{}.self_attn"
     counts = {"q": attn.heads, "k": attn.kv_heads}
-    stacked = [
-        Stacked(f"{at}.{x}_layernorm.norms.{{}}.weight", f"{at}.{x}_norm.weight", count)
+    norms = [
+        Split(f"{at}.{x}_layernorm.norms.{{}}.weight", f"{at}.{x}_norm.weight", count, attn.head_dim)
         for x, count in counts.items()
     ]
-    return (*LLAMA, *stacked)
+    return (*LLAMA, *norms)
 
 
 def read(r: Reader) -> ModelConfig:

@@ -114,10 +114,19 @@ class Packed(nn.Module):
     def units(self) -> list[Packed]:
         """The matrices that were joined, as modules over views of the buffers."""
         self.restore()
-        if len(self.rows) == 1:
-            return [self]
-        pieces = {name: getattr(self, name).split(sizes) for name, sizes in self.sizes.items()}
-        return [self._like([rows], {n: p[i] for n, p in pieces.items()}) for i, rows in enumerate(self.rows)]
+        return [self] if len(self.rows) == 1 else self.split(1)
+
+    def split(self, count: int) -> list[Packed]:
+        """The matrices that were joined, `count` at a time, as modules over views of the buffers."""
+        groups = range(0, len(self.rows), count)
+        sizes = {name: [own[i : i + count] for i in groups] for name, own in self.sizes.items()}
+        pieces = {name: getattr(self, name).split([sum(s) for s in own]) for name, own in sizes.items()}
+        parts = []
+        for at, first in enumerate(groups):
+            part = self._like(self.rows[first : first + count], {n: p[at] for n, p in pieces.items()})
+            part.sizes = {name: own[at] for name, own in sizes.items()}
+            parts.append(part)
+        return parts
 
     def _like(self, rows: Sequence[int], buffers: dict[str, Tensor]) -> Packed:
         """A module of the same format and settings over other buffers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from taut.checkpoint import Checkpoint, LazyTensor
 from taut.checkpoint.base import some
 from taut.errors import RequestError
 from taut.quant.config import BitsAndBytesConfig
+from taut.quant.mxfp4 import open_mxfp4
 from taut.quant.stored import (
     AsStored,
     Packer,
@@ -54,6 +55,15 @@ def asked(load_in_4bit: bool, load_in_8bit: bool, quantization_config: Any) -> B
             "quantization_config asks for neither load_in_4bit nor load_in_8bit; set one, or leave it out"
         )
     return config
+
+
+def unpacked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as if it had never been packed, where its format is one that is only read: MXFP4."""
+    own = checkpoint.config.get("quantization_config")
+    if not isinstance(own, Mapping) or own.get("quant_method") != "mxfp4":
+        return checkpoint
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return replace(checkpoint, config=config, tensors=open_mxfp4(checkpoint.tensors))
 
 
 def choose(

@@ -13,9 +13,8 @@ from taut.bench.peers import make_peers
 from taut.bench.run import agreement
 from taut.bench.subjects import Taut, shared_weights
 from taut.engine.engine import Engine
-from taut.errors import RequestError
 from taut.modeling import CausalLM
-from taut.models import rules
+from taut.models import module_rules
 from tests.families import CASES, checkpoint
 from tests.families import Case as Family
 
@@ -40,23 +39,13 @@ def peers_of(model: CausalLM, *wanted: str) -> list:
 def test_shared_weights_are_what_a_save_writes(case: Family) -> None:
     model = CausalLM.from_pretrained(checkpoint(case))
     state = shared_weights(model)
-    written = {tensor.name: tensor.read() for tensor in weights.store(model, rules(model.config))}
+    written = {tensor.name: tensor.read() for tensor in weights.store(model, module_rules(model.config))}
     assert state.keys() == written.keys()
     for name, tensor in written.items():
         assert torch.equal(state[name], tensor), name
 
 
-# Families whose experts transformers holds stacked, while files hold each by itself.
-STACKED = [case for case in ONE_EACH if case.family in ("Mixtral", "Qwen2Moe", "Qwen3Moe")]
-
-
-@pytest.mark.parametrize("case", STACKED, ids=str)
-def test_a_peer_that_can_not_share_weights_says_so(case: Family) -> None:
-    with pytest.raises(RequestError, match=r"names its weights otherwise .* --peers none"):
-        peers_of(CausalLM.from_pretrained(checkpoint(case)), "sdpa")
-
-
-@pytest.mark.parametrize("case", [case for case in ONE_EACH if case not in STACKED], ids=str)
+@pytest.mark.parametrize("case", ONE_EACH, ids=str)
 def test_a_peer_gives_the_same_scores(case: Family) -> None:
     model = CausalLM.from_pretrained(checkpoint(case))
     subjects = [Taut(model), *peers_of(model, "eager", "sdpa")]

@@ -1,0 +1,61 @@
+"""`ExpertLinear`: one projection of every expert of a layer, as one stacked weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taut.quant.base import Packed
+from taut.quant.experts import PackedExperts
+
+
+class ExpertLinear(nn.Module):
+    """`y = x W_e^T + b_e` of expert e, `[rows, in_features] -> [rows, out_features]`.
+
+    The weight is `[experts, out_features, in_features]`; `parts` as in `Linear`, for each expert. After
+    `pack` it is held in a small format.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out: int | Mapping[str, int],
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.parts = dict(out) if isinstance(out, Mapping) else None
+        self.experts, self.in_features = experts, in_features
+        self.out_features = out if isinstance(out, int) else sum(out.values())
+        self.weight = nn.Parameter(torch.empty(experts, self.out_features, in_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(experts, self.out_features, dtype=dtype)) if bias else None
+        self.packed: PackedExperts | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight, however it is held."""
+        return torch.Size((self.experts, self.out_features, self.in_features))
+
+    def products(self) -> Callable[[int, Tensor], Tensor]:
+        """The projection as a function of an expert's number and its rows."""
+        # Taken apart once a call: a gradient of `weight[e]` would be as large as the whole weight.
+        biases = [None] * self.experts if self.bias is None else self.bias.unbind()
+        if self.packed is not None:
+            packed = self.packed
+            return lambda expert, rows: packed.expert(expert)(rows, biases[expert])
+        weights = self.weight.unbind()
+        return lambda expert, rows: F.linear(rows, weights[expert], biases[expert])
+
+    def pack(self, units: Sequence[Packed]) -> None:
+        """Hold the weight packed, as these matrices, expert after expert, and let go of the dense one."""
+        self.weight, self.packed = None, PackedExperts(units, self.experts).train(self.training)
+
+    def extra_repr(self) -> str:
+        parts = f", parts={dict(self.parts)}" if self.parts else ""
+        biased = self.bias is not None
+        return f"{self.experts} x [{self.in_features}, {self.out_features}], bias={biased}{parts}"
