@@ -6,14 +6,17 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from taut.engine.beams import Beams
 from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
-from taut.engine.request import Request
+from taut.engine.request import Ahead, Request, Row
 from taut.engine.runner import Runner, turns_by_length
 from taut.engine.sampler import Sampler
 from taut.engine.scheduler import Scheduler, Work
@@ -103,7 +106,7 @@ class Engine:
         self.scheduler.check(request)
         vocab = self.model.config.vocab_size
         for name, ids in (
-            ("prompt", request.prompt),
+            *(("prompt" if row is request else "negative prompt", row.prompt) for row in request.rows),
             ("logit_bias", request.params.logit_bias),
             *(("sequence_bias", ids) for ids in request.params.sequence_bias),
             *(("bad_words", ids) for ids in request.params.bad_words),
@@ -128,7 +131,7 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request and free its pages; one that is finished stays as it is."""
         with self._lock:
-            self.scheduler.finish(request, "cancelled")
+            self._finish(request, "cancelled")
 
     def reset_prefix_cache(self) -> None:
         """Let no further request share what is cached now, as when the model's weights have changed."""
@@ -156,39 +159,93 @@ class Engine:
             return []
         graph = self.graphs is not None and self.graphs.accepts(work)
         try:
+            self.runner.copy(self.scheduler.copies)
             begun = self.graphs.start(work) if graph else self.runner(work)
         except BaseException:
             self.scheduler.abandon()
             raise
+        self.scheduler.copies.clear()
         if graph:
             return self._read(begun)
-        logits = begun
-        ready = [item for item in work if item.ready]
-        chosen = [] if logits is None else self._sample(logits, ready)
         for item in work:
             if not item.ready:
                 self.scheduler.commit(item)
-        events = []
-        for row, (item, choice) in enumerate(zip(ready, chosen, strict=True)):
-            request = item.request
+        events: list[Event] = []
+        asked: list[_Asked] = []
+        at = 0
+        for request, items in groupby((item for item in work if item.ready), lambda item: item.row.request):
+            group = list(items)
+            count = sum(1 + len(item.drafts) for item in group)
+            own, at = begun[at : at + count], at + count
+            if isinstance(request.group, Beams):
+                events += self._choose(request, group, own)
+            else:
+                asked.append(_Asked(request, group, own))
+        events += self._take(asked, begun)
+        return events + self._expired()
+
+    def _choose(self, request: Request, work: list[Work], logits: Tensor) -> list[Event]:
+        """Let beams go on, or end with what they found."""
+        beams: Beams = request.group
+        try:
+            following = beams.choose(request, logits)
+        except Exception as error:
+            if not isinstance(error, TautError) and not request.logits_processors and not request.should_stop:
+                raise
+            self._fail(work[0], error)
+            return [Event(request, [])]
+        if request.finished:  # cancelled by a hook
+            return []
+        for item in work:
+            self.scheduler.commit(item)
+        if following is not None:
+            self.scheduler.branch(request, following)
+            return []
+        self._finish(request, self._reason(request))
+        return [Event(request, list(request.output))]
+
+    def _take(self, asked: list[_Asked], logits: Tensor | None) -> list[Event]:
+        """Choose the next tokens of rows that are chosen for one by one, and take them in."""
+        views = [view for one in asked for view in one.views()]
+        if not views:
+            return []
+        if any(one.request.group for one in asked) or len(views) < logits.shape[0]:
+            logits = torch.cat([one.logits() for one in asked])
+        chosen = self._sample(logits, views)
+        events, at = [], 0
+        for one in asked:
+            request, first = one.request, at
+            at += len(one.views())
             if request.finished:  # cancelled by another request's hook
                 continue
-            if isinstance(choice, Exception):
-                self._fail(item, choice)
+            if isinstance(chosen[first], Exception):
+                self._fail(one.work[0], chosen[first])
                 events.append(Event(request, []))
                 continue
+            events.append(Event(request, self._accept(one, chosen[first:at])))
+        return events
+
+    def _accept(self, one: _Asked, chosen: list) -> list[int]:
+        """Take in the tokens that were chosen after a row's last token and after each of its drafts, as long
+        as the drafts were right and nothing ends the row; gives these tokens."""
+        request, drafts, taken = one.request, one.work[0].drafts, []
+        for index, choice in enumerate(chosen):
+            if isinstance(choice, Exception):  # found again, and then reported, once it is next
+                break
             token, scores = choice
-            self.scheduler.commit(item, token)
+            for item in one.work:
+                self.scheduler.commit(item._replace(count=item.count + index), token)
+            taken.append(token)
             if request.keep_logits or request.keep_scores:
                 with torch.inference_mode(False):  # what the caller keeps are ordinary tensors
                     if request.keep_logits:
-                        request.logits.append(logits[row].clone())
+                        request.logits.append(one.raw[index].clone())
                     if request.keep_scores and scores is not None:
                         request.scores.append(scores.clone())
             self._end(request, token)
-            events.append(Event(request, [token]))
-        events += [Event(request, []) for request in self._expired()]
-        return events
+            if request.finished or (index < len(drafts) and token != drafts[index]):
+                break
+        return taken
 
     def _read(self, pending: Pending) -> list[Event]:
         """Launch the step after `pending`, if it is sure to be for the same rows, then take in the tokens of
@@ -197,7 +254,7 @@ class Engine:
         self._under_way = None if following is None else self.graphs.follow(pending, following)
         events = []
         for item, token in zip(pending.work, pending.tokens(), strict=True):
-            request = item.request
+            request = item.row.request
             if request.finished:  # it ended while this step was under way: the token is not part of it
                 continue
             if token < 0:
@@ -207,8 +264,8 @@ class Engine:
             self.scheduler.commit(item, token)
             self._end(request, token)
             events.append(Event(request, [token]))
-        events += [Event(request, []) for request in self._expired()]
-        if self._under_way is not None and all(item.request.finished for item in self._under_way.work):
+        events += self._expired()
+        if self._under_way is not None and all(w.row.request.finished for w in self._under_way.work):
             self._under_way = None
         return events
 
@@ -287,33 +344,32 @@ class Engine:
                     raise RequestError(f"request {request.id} is not one of this engine's")
                 self.step()
 
-    def _sample(self, logits: Tensor, work: list[Work]) -> list[tuple[int, Tensor | None] | Exception]:
+    def _sample(self, logits: Tensor, rows: list[Row]) -> list[tuple[int, Tensor | None] | Exception]:
         """For each row of `logits` `[n, vocab]`, its next token and scores, or why there is none.
 
         Rows with processors of their own go alone, so that one that raises fails alone; the others go
         together, and one by one only if there is something wrong with any of them.
         """
-        requests = [item.request for item in work]
-        chosen: list = [None] * len(work)
-        plain = [row for row, request in enumerate(requests) if not request.logits_processors]
+        chosen: list = [None] * len(rows)
+        plain = [at for at, row in enumerate(rows) if not row.logits_processors]
         if len(plain) > 1:
-            some = logits if len(plain) == len(work) else logits[plain]
+            some = logits if len(plain) == len(rows) else logits[plain]
             try:
-                tokens, scores = self.sampler(some, [requests[row] for row in plain])
+                tokens, scores = self.sampler(some, [rows[at] for at in plain])
             except TautError:
                 pass
             else:
-                for at, row in enumerate(plain):
-                    chosen[row] = tokens[at], None if scores is None else scores[at]
-        for row, request in enumerate(requests):
-            if chosen[row] is None:
+                for index, at in enumerate(plain):
+                    chosen[at] = tokens[index], None if scores is None else scores[index]
+        for at, row in enumerate(rows):
+            if chosen[at] is None:
                 try:
-                    (token,), scores = self.sampler(logits[row : row + 1], [request])
-                    chosen[row] = token, None if scores is None else scores[0]
+                    (token,), scores = self.sampler(logits[at : at + 1], [row])
+                    chosen[at] = token, None if scores is None else scores[0]
                 except Exception as error:
-                    if not request.logits_processors and not isinstance(error, TautError):
+                    if not row.logits_processors and not isinstance(error, TautError):
                         raise
-                    chosen[row] = error
+                    chosen[at] = error
         return chosen
 
     def _end(self, request: Request, token: int) -> None:
@@ -323,16 +379,25 @@ class Engine:
             stopped = request.should_stop is not None and request.should_stop(request)
         except Exception as error:
             request.error = error
-            self.scheduler.finish(request, "error")
+            self._finish(request, "error")
             return
-        if token in params.eos_token_ids:
-            self.scheduler.finish(request, "stop")
-        elif stopped:
-            self.scheduler.finish(request, "stop_string")
-        elif len(request.output) >= params.max_new_tokens:
-            self.scheduler.finish(request, "length")
+        if stopped or token in params.eos_token_ids or len(request.output) >= params.max_new_tokens:
+            self._finish(request, self._reason(request, stopped))
 
-    def _expired(self) -> list[Request]:
+    @staticmethod
+    def _reason(request: Request, stopped: bool = False) -> str:
+        """Why a request that is at its end ends."""
+        if request.output and request.output[-1] in request.params.eos_token_ids:
+            return "stop"
+        whole = len(request.output) >= request.params.max_new_tokens
+        return "length" if whole and not stopped else "stop_string"
+
+    def _finish(self, request: Request, reason: str) -> None:
+        if isinstance(request.group, Beams) and not request.finished:
+            request.group.close(request)
+        self.scheduler.finish(request, reason)
+
+    def _expired(self) -> list[Event]:
         """Finish the requests, waiting ones included, whose time is up."""
         now = time.monotonic()
         expired = [
@@ -341,22 +406,44 @@ class Engine:
             if request.params.max_time is not None and now - request.submitted >= request.params.max_time
         ]
         for request in expired:
-            self.scheduler.finish(request, "time")
-        return expired
+            self._finish(request, "time")
+        return [
+            Event(request, list(request.output) if isinstance(request.group, Beams) else [])
+            for request in expired
+        ]
 
     def _fail(self, item: Work, error: Exception) -> None:
         """End a request that can't be sampled from; for numbers that aren't finite, say where they began."""
-        request = item.request
+        request = item.row.request
         if isinstance(error, NumericsError):
             locate = getattr(self.model, "locate_nonfinite", None)
             where = f", first in {locate(self.runner.batch([item]))}" if locate is not None else ""
             error = NumericsError(
-                f"request {request.id}: the logits after {request.length} tokens are not finite{where}; "
+                f"request {request.id}: the logits after {item.row.length} tokens are not finite{where}; "
                 "check the weights, or load with dtype='bfloat16' or 'float32' if it was 'float16'"
             )
             self.runner.scrub(self.scheduler.spoil(request))
         request.error = error
-        self.scheduler.finish(request, "error")
+        self._finish(request, "error")
+
+
+@dataclass
+class _Asked:
+    """A request that is chosen for by itself: its work, and its rows of logits `[n, vocab]`."""
+
+    request: Request
+    work: list[Work]
+    raw: Tensor
+
+    def views(self) -> list[Row]:
+        """The request as it is before each token that may be chosen now: after its last, and after each of
+        its drafts."""
+        drafts = self.work[0].drafts
+        return [self.request, *(Ahead(self.request, drafts[: n + 1]) for n in range(len(drafts)))]
+
+    def logits(self) -> Tensor:
+        """What is chosen from, a row for each of `views`."""
+        return self.raw if self.request.group is None else self.request.group.combine(self.raw)
 
 
 def token_bytes(model) -> int:

@@ -17,7 +17,8 @@ from taut.engine.prompts import read_prompts
 from taut.engine.request import Request
 from taut.engine.resident import Resident
 from taut.engine.sampler import NothingLeft
-from taut.engine.stream import RowText, StopRow, Stream, reason
+from taut.engine.stops import RowText, StopRow
+from taut.engine.stream import Stream, reason
 from taut.engine.streamers import Streamer
 from taut.errors import RequestError
 

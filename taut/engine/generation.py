@@ -1,5 +1,4 @@
-"""`GenerationConfig`: the options of `generate` under transformers' names; `StopMatcher`: stop strings in
-streamed text."""
+"""`GenerationConfig`: the options of `generate` under transformers' names."""
 
 from __future__ import annotations
 
@@ -433,44 +432,3 @@ def _sequences(value: Any) -> dict[tuple[int, ...], float]:
             f"sequence_bias is {value!r}; expected {{(token ids): number}} or [[[token ids], number], ...]"
         )
     return found
-
-
-class StopMatcher:
-    """Finds the first stop string in text that arrives in pieces, and says what may be shown.
-
-    The match is the one that is complete first; of several complete at the same character, the longest.
-    So the result does not depend on where the text is cut into pieces: what `push` and `finish` give,
-    joined, is the text before that match. `stopped`: whether a match was found.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.stopped = False
-        self._held = ""  # the end of the text that may be the start of a stop string
-
-    def push(self, piece: str) -> str:
-        """Text that is certain not to belong to a stop string, now that `piece` is known; "" once stopped."""
-        if self.stopped:
-            return ""
-        if not self.stops:
-            return piece
-        text = self._held + piece
-        found = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        self._held = text[self._safe(text) :]
-        return text[: len(text) - len(self._held)]
-
-    def finish(self) -> str:
-        """What was held back, once no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-    def _safe(self, text: str) -> int:
-        """Where the longest end of `text` that begins a stop string starts; its length when none does."""
-        longest = max(map(len, self.stops)) - 1
-        for start in range(max(len(text) - longest, 0), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self.stops):
-                return start
-        return len(text)

@@ -48,7 +48,8 @@ def plain(request: Request) -> bool:
     and min-p shapes it, and nobody looks at its scores."""
     p = request.params
     return not (
-        request.logits_processors
+        request.group
+        or request.logits_processors
         or request.keep_scores
         or request.keep_logits
         or p.repetition_penalty != 1.0
@@ -56,6 +57,7 @@ def plain(request: Request) -> bool:
         or p.frequency_penalty
         or p.no_repeat_ngram_size
         or p.typical_p != 1.0
+        or p.min_tokens_to_keep != 1
         or p.logit_bias
         or p.sequence_bias
         or p.bad_words
@@ -96,13 +98,13 @@ class DecodeGraph:
         if self._refused[where] is not None:
             return False
         return len(work) <= ROW_BUCKETS[-1] and all(
-            w.count == 1 and w.ready and plain(w.request) for w in work
+            w.count == 1 and w.ready and not w.drafts and plain(w.row.request) for w in work
         )
 
     def start(self, work: list[Work]) -> Pending:
         """Launch a step from what the host knows."""
         width = LEAST_PAGES
-        while width < max(len(w.request.pages) for w in work) + 1:  # room to grow before the next capture
+        while width < max(len(w.row.pages) for w in work) + 1:  # room to grow before the next capture
             width *= 2
         where = width, restrictions()  # every host value that a capture bakes in, the rows aside
         fits = [size for size in ROW_BUCKETS if size >= len(work)]
@@ -119,7 +121,7 @@ class DecodeGraph:
 
     def follow(self, pending: Pending, work: list[Work]) -> Pending | None:
         """Launch the step after one that may still run, for the same rows; None if it needs another graph."""
-        if any(len(w.request.pages) > pending.graph.width for w in work):
+        if any(len(w.row.pages) > pending.graph.width for w in work):
             return None
         if any(w.start % self.runner.page_size == 0 for w in work):  # a row begins a new page
             pending.graph.fill_pages(work)
@@ -182,7 +184,8 @@ class _Graph:
         ids, seeds, steps, positions, lengths, active, top_k = fields[:7]
         temperature, top_p, min_p = (field.view(np.float32) for field in fields[7:10])
         top_p[:] = 1.0
-        for row, (request, start, _, _) in enumerate(work):
+        for row, item in enumerate(work):
+            request, start = item.row.request, item.start
             p = request.params
             ids[row], positions[row], lengths[row], active[row] = request.token(start), start, start + 1, 1
             steps[row] = len(request.output)
@@ -209,7 +212,7 @@ class _Graph:
     def _write_pages(self, flat: np.ndarray, work: list[Work]) -> None:
         table = flat.reshape(self.rows, self.width)
         for row, item in enumerate(work):
-            pages = item.request.pages
+            pages = item.row.pages
             table[row, : len(pages)] = pages
             table[row, len(pages) :] = pages[0]
 

@@ -67,6 +67,15 @@ class PagePool:
             self._holders[page] = 1
             pages.append(page)
 
+    def exchange(self, pages: list[int], at: int) -> tuple[int, int]:
+        """Give a row a page of its own in place of the one at `at`, which others hold too; gives both, the
+        new one first."""
+        old, new = pages[at], []
+        self.extend(new, 1)
+        pages[at] = new[0]
+        self._holders[old] -= 1
+        return new[0], old
+
     def share(self, pages: Sequence[int]) -> list[int]:
         """The same pages for one more row."""
         for page in pages:

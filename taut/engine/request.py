@@ -1,12 +1,13 @@
-"""One sequence in the engine: what was asked (`SamplingParams`) and where it stands (`Request`)."""
+"""What is asked of the engine (`SamplingParams`, `Request`), and the rows of tokens that it computes."""
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Protocol
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class SamplingParams:
     | `sequence_bias` | token ids -> number added to the last one's logit where the others came just before |
     | `bad_words` | token sequences that may not be generated |
     | `seed` | the row's draws depend on this and the step alone |
+    | `min_tokens_to_keep` | draw among at least so many, whatever the cuts |
+    | `renormalize` | scores of beams are log-probabilities again after processors and cuts |
     | `min_new_tokens` | no end-of-sequence token before so many tokens |
     | `eos_token_ids` | tokens that end the row; the token itself is part of the output |
     | `stop_strings` | texts that end the row |
@@ -48,6 +51,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    min_tokens_to_keep: int = 1
+    renormalize: bool = False
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -65,6 +70,7 @@ class SamplingParams:
         _integer("max_new_tokens", self.max_new_tokens, 1)
         _integer("min_new_tokens", self.min_new_tokens, 0)
         _integer("top_k", self.top_k, 0)
+        _integer("min_tokens_to_keep", self.min_tokens_to_keep, 1)
         _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
         _integer("seed", self.seed, None)
         if self.greedy:
@@ -104,48 +110,17 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
-class Request:
-    """One sequence: its prompt, what it has produced and how far its keys are cached. Holds no tensors of
-    the model (only the `scores` and `logits` that the caller asked to keep).
+class Row:
+    """Tokens of a prompt and what follows them, and where their keys are: a request itself, or a `Branch`.
+    `request` is the one that it is a row of."""
 
-    | field | filled by | meaning |
-    |---|---|---|
-    | `prompt`, `params` | caller | token ids and how to continue them |
-    | `logits_processors` | caller | called in order with (ids `[1, length]` int64, scores `[1, vocab]`), \
-give new scores |
-    | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
-    | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
-    | `scope` | caller | requests of one scope share cached prefixes: equal tokens have equal keys there. \
-None: shares none |
-    | `id`, `submitted` | engine | number in order of submission; `time.monotonic()` of it |
-    | `output`, `scores`, `logits` | engine | generated ids, and what was kept beside them |
-    | `finish_reason` | engine | None, "stop", "length", "stop_string", "time", "cancelled" or "error" |
-    | `error` | engine | what failed, when `finish_reason` is "error" |
-    | `status`, `computed`, `pages` | scheduler | state; tokens whose keys are cached; page numbers in order |
-    | `found`, `indexed` | scheduler | tokens found in the cache when it last began; pages that others may \
-share, None: no more of them |
-    """
-
+    request: Request
     prompt: list[int]
-    params: SamplingParams
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-    should_stop: Callable[[Request], bool] | None = None
-    keep_scores: bool = False
-    keep_logits: bool = False
-    scope: Hashable | None = ()
-    id: int = -1
-    submitted: float = 0.0
-    output: list[int] = field(default_factory=list)
-    scores: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: Exception | None = None
-    status: Status = Status.WAITING
-    computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    found: int = 0
-    indexed: int | None = 0
+    output: list[int]
+    computed: int
+    pages: list[int]
+    found: int
+    indexed: int | None
 
     @property
     def length(self) -> int:
@@ -153,8 +128,9 @@ share, None: no more of them |
         return len(self.prompt) + len(self.output)
 
     @property
-    def finished(self) -> bool:
-        return self.status is Status.FINISHED
+    def pending(self) -> int:
+        """Tokens whose keys are not cached yet."""
+        return len(self.prompt) + len(self.output) - self.computed
 
     def token(self, index: int) -> int:
         """Token id at `index` of prompt and output together."""
@@ -168,6 +144,116 @@ share, None: no more of them |
         if start >= size:
             return self.output[start - size : stop - size]
         return self.prompt[start:stop] + self.output[: max(stop - size, 0)]
+
+
+class Group(Protocol):
+    """What makes several rows of one request, at most `width`: they are computed in the same steps, and
+    chosen for together."""
+
+    width: int
+
+    def rows(self, request: Request) -> list[Row]:
+        """Those to begin with; [] for the request itself alone."""
+
+
+@dataclass(eq=False)
+class Request(Row):
+    """One sequence: its prompt, what it has produced and how far its keys are cached. Holds no tensors of
+    the model (only the `scores` and `logits` that the caller asked to keep).
+
+    | field | filled by | meaning |
+    |---|---|---|
+    | `prompt`, `params` | caller | token ids and how to continue them |
+    | `logits_processors` | caller | called in order with (ids `[1, length]` int64, scores `[1, vocab]`), \
+give new scores |
+    | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
+    | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
+    | `group` | caller | what makes several rows of the request: beams, guidance; None: it is its only row |
+    | `scope` | caller | requests of one scope share cached prefixes: equal tokens have equal keys there. \
+None: shares none |
+    | `id`, `submitted` | engine | number in order of submission; `time.monotonic()` of it |
+    | `output`, `scores`, `logits` | engine | generated ids, and what was kept beside them |
+    | `branches` | engine | the rows where there are several |
+    | `finish_reason` | engine | None, "stop", "length", "stop_string", "time", "cancelled" or "error" |
+    | `error` | engine | what failed, when `finish_reason` is "error" |
+    | `status`, `computed`, `pages` | scheduler | state; tokens whose keys are cached; page numbers in order |
+    | `found`, `indexed` | scheduler | tokens found in the cache when it last began; pages that others may \
+share, None: no more of them |
+    """
+
+    prompt: list[int]
+    params: SamplingParams
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    should_stop: Callable[[Request], bool] | None = None
+    keep_scores: bool = False
+    keep_logits: bool = False
+    group: Group | None = None
+    scope: Hashable | None = ()
+    id: int = -1
+    submitted: float = 0.0
+    output: list[int] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    status: Status = Status.WAITING
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    found: int = 0
+    indexed: int | None = 0
+    branches: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.group is not None:
+            self.branches = self.group.rows(self)
+
+    @property
+    def request(self) -> Request:
+        return self
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """What is computed for the request."""
+        return self.branches or (self,)
+
+    @property
+    def width(self) -> int:
+        """Rows that there can be."""
+        return 1 if self.group is None else self.group.width
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+
+@dataclass(eq=False)
+class Branch(Row):
+    """One of several rows of a request."""
+
+    request: Request
+    prompt: list[int]
+    output: list[int]
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    found: int = 0
+    indexed: int | None = 0
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def logits_processors(self) -> tuple[LogitsProcessor, ...]:
+        return self.request.logits_processors
+
+
+class Ahead:
+    """A request as it would be after some more tokens, for those who choose the next one."""
+
+    def __init__(self, request: Request, tokens: Sequence[int]):
+        self.prompt, self.output = request.prompt, [*request.output, *tokens]
+        self.params, self.logits_processors = request.params, request.logits_processors
+        self.keep_scores = request.keep_scores
 
 
 def _integer(name: str, value: object, minimum: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -12,18 +13,25 @@ from torch import Tensor
 from taut.batch import Batch, PagedKV
 from taut.config import Dynamic, ModelConfig
 from taut.engine.replay import Replays
-from taut.engine.request import Request
+from taut.engine.request import Row
 from taut.engine.scheduler import Work
 
 
-class _Row(NamedTuple):
-    """Tokens [start, stop) of a request as one row; `total`: the length that its angles are made for."""
+class _Part(NamedTuple):
+    """Tokens [start, stop) of a row, with what is guessed behind it, as one row of a batch; `total`: the
+    length that its angles are made for; `asked`: of how many of its last tokens logits are wanted."""
 
-    request: Request
+    row: Row
     start: int
     stop: int
     total: int
-    ready: bool
+    asked: int
+    drafts: tuple[int, ...] = ()
+
+    def tokens(self) -> list[int]:
+        length = self.row.length
+        known = self.row.tokens(self.start, min(self.stop, length))
+        return known + list(self.drafts[max(self.start - length, 0) : max(self.stop - length, 0)])
 
 
 class Runner:
@@ -51,7 +59,8 @@ class Runner:
 
     @torch.inference_mode()
     def __call__(self, work: list[Work]) -> Tensor | None:
-        """Compute the work; logits `[ready, vocab]` of the work that is ready, None where none is."""
+        """Compute the work; logits `[n, vocab]` after the last token of all that is ready and after each of
+        its drafts, None where nothing is ready."""
         batch, last = self._build(work)
         hidden = self.replays(batch)  # [tokens, dim]
         if last.shape[0] == 0:
@@ -62,50 +71,60 @@ class Runner:
         """The batch that the work makes."""
         return self._build(work)[0]
 
+    def copy(self, pages: Mapping[int, int]) -> None:
+        """Fill each page with what another one holds: `{page: other}`."""
+        if not pages:
+            return
+        to, of = torch.tensor([list(pages), list(pages.values())], device=self.device)
+        for cache in (*self.keys, *self.values):
+            cache.index_copy_(0, to, cache.index_select(0, of))
+
     def scrub(self, pages: list[int]) -> None:
         """Zero pages that hold keys that aren't finite, before another row gets them."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
         for cache in (*self.keys, *self.values):
             cache.index_fill_(0, index, 0)
 
-    def _rows(self, work: list[Work]) -> list[_Row]:
-        """A row for each work; where angles are replayed, output that is computed again takes a row a token:
-        all keys of a batch are written before any is read, so one batch still does."""
-        rows = []
-        for request, start, count, ready in work:
-            stop, prompt = start + count, len(request.prompt)
-            if not self.replay or stop <= prompt or count == 1:
-                total = max(prompt, stop) if self.replay else request.length
-                rows.append(_Row(request, start, stop, total, ready))
+    def _parts(self, work: list[Work]) -> list[_Part]:
+        """One for each work; where angles are replayed, drafts and output that is computed again take one a
+        token: all keys of a batch are written before any is read, so one batch still does."""
+        parts = []
+        for row, start, count, ready, drafts in work:
+            stop, prompt = start + count + len(drafts), len(row.prompt)
+            asked = ready + len(drafts)
+            if not self.replay or stop <= prompt or stop - start == 1:
+                total = max(prompt, stop) if self.replay else row.length
+                parts.append(_Part(row, start, stop, total, asked, drafts))
                 continue
             if start < prompt:
-                rows.append(_Row(request, start, prompt, prompt, False))
+                parts.append(_Part(row, start, prompt, prompt, int(asked > stop - prompt)))
             for at in range(max(start, prompt), stop):
-                rows.append(_Row(request, at, at + 1, at + 1, ready and at + 1 == stop))
-        return rows
+                parts.append(_Part(row, at, at + 1, at + 1, int(at >= stop - asked), drafts))
+        return parts
 
     def _build(self, work: list[Work]) -> tuple[Batch, Tensor]:
-        """The batch, and the index `[ready]` of each token whose successor can be sampled."""
-        rows, size = self._rows(work), self.page_size
+        """The batch, and the index `[n]` of each token whose successor is asked for."""
+        rows, size = self._parts(work), self.page_size
         tokens = sum(row.stop - row.start for row in rows)
         longest = max(row.stop for row in rows)
         count, width = len(rows), -(-longest // size)
-        ready = sum(row.ready for row in rows)
+        asked = sum(row.asked for row in rows)
         # All integers of a batch share one buffer, 64-bit ones first: a single copy to the device.
-        parts = [2 * tokens, 2 * tokens, 2 * ready, tokens, count + 1, count, count, count * width]
+        parts = [2 * tokens, 2 * tokens, 2 * asked, tokens, count + 1, count, count, count * width]
         host = self._host(sum(parts))
         ids, slots, last, positions, starts, lengths, totals, table = (t.numpy() for t in _split(host, parts))
         table = table.reshape(count, width)
         at = sampled = widest = 0
-        for index, (request, start, stop, total, is_ready) in enumerate(rows):
-            pages, new = request.pages, stop - start
-            if new == 1:
-                ids[at] = request.token(start)
+        for index, part in enumerate(rows):
+            row, start, stop, total, wanted, drafts = part
+            pages, new = row.pages, stop - start
+            if new == 1 and not drafts:
+                ids[at] = row.token(start)
                 positions[at] = start
                 slots[at] = pages[start // size] * size + start % size
             else:
                 place = np.arange(start, stop)
-                ids[at : at + new] = request.tokens(start, stop)
+                ids[at : at + new] = part.tokens()
                 positions[at : at + new] = place
                 slots[at : at + new] = np.array(pages)[place // size] * size + place % size
             starts[index], lengths[index], totals[index] = at, stop, total
@@ -115,14 +134,14 @@ class Runner:
             table[index, used:] = pages[0]
             at += new
             widest = max(widest, new)
-            if is_ready:
-                last[sampled] = at - 1
-                sampled += 1
+            if wanted:
+                last[sampled : sampled + wanted] = np.arange(at - wanted, at)
+                sampled += wanted
         starts[count] = at
         ids, slots, last, positions, starts, lengths, totals, table = _split(self._send(host), parts)
         first = None
         if count == 1:
-            pages = rows[0].request.pages[:width]
+            pages = rows[0].row.pages[:width]
             first = pages[0] if pages == list(range(pages[0], pages[0] + width)) else None
         fresh = all(row.start == 0 for row in rows)
         table = table.view(count, width)

@@ -17,8 +17,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from taut.engine.request import Request
+from taut.engine.request import Request, Row
 from taut.errors import NumericsError, RequestError
+from taut.kernels.sample import signed, uniform
 
 # A row with top_p and no top_k is first looked at through this many of its largest scores; only when
 # they hold less than top_p of the probability is the whole vocabulary sorted.
@@ -128,7 +129,7 @@ class _Entries:
         return torch.frombuffer(self.values, dtype=torch.float64).to(like)
 
 
-def edit(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+def edit(logits: Tensor, requests: Sequence[Row]) -> Tensor:
     """Scores after bias, penalties, bans and the user's processors; `logits` itself when no row has any.
 
     `logits [rows, vocab]` is never written to.
@@ -224,6 +225,15 @@ def repeating(history: list[int], size: int) -> list[int]:
 # -- options that shape the distribution: temperature, top-k, top-p, min-p, typical-p ------------------
 
 
+def warped(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """`scores [rows, vocab]` as they are drawn from: -inf where a token is not."""
+    out = torch.full_like(scores, -inf)
+    for at, values, ids in _warp(scores, rows, list(range(len(rows)))):
+        where = torch.tensor(at, device=scores.device)
+        out[where] = values if ids is None else out[where].scatter(1, ids, values)
+    return out
+
+
 def _warp(
     scores: Tensor, requests: Sequence[Request], sampled: list[int]
 ) -> list[tuple[list[int], Tensor, Tensor | None]]:
@@ -236,7 +246,7 @@ def _warp(
     narrow, nucleus, flat, full = [], [], [], []
     for row in sampled:
         params = requests[row].params
-        if 0 < params.top_k < vocab:
+        if 0 < max(params.top_k, params.min_tokens_to_keep if params.top_k else 0) < vocab:
             narrow.append(row)
         elif params.typical_p < 1.0:
             full.append(row)
@@ -255,7 +265,8 @@ def _warp(
 
     groups: list[tuple[list[int], Tensor, Tensor | None]] = []
     if narrow:
-        values, ids = _largest(heated(narrow), [requests[row].params.top_k for row in narrow])
+        counts = [max(p.top_k, p.min_tokens_to_keep) for p in (requests[row].params for row in narrow)]
+        values, ids = _largest(heated(narrow), counts)
         groups.append((narrow, _shape(values, requests, narrow), ids))
     if nucleus:
         hot = heated(nucleus)
@@ -308,22 +319,33 @@ def _shape(
     `total [rows, 1]`: log of the sum of exp over the whole row, when `values` is only a part of it.
     """
     params = [requests[row].params for row in rows]
+    keep = [p.min_tokens_to_keep for p in params]
     if any(p.top_p < 1.0 for p in params):
-        values = _top_p(values, [p.top_p for p in params], total)
+        values = _top_p(values, [p.top_p for p in params], total, keep)
     if any(p.min_p > 0.0 for p in params):
         # p < min_p * p_max, with the normaliser cancelled
         floor = values.new_tensor([p.min_p for p in params]).log().unsqueeze(1)
-        values = values.masked_fill(values - values.amax(dim=-1, keepdim=True) < floor, -inf)
+        values = _cut(values, values - values.amax(dim=-1, keepdim=True) < floor, keep)
     typical = [index for index, p in enumerate(params) if p.typical_p < 1.0]
     if len(typical) == len(params):
-        values = _typical(values, [p.typical_p for p in params])
+        values = _typical(values, [p.typical_p for p in params], keep)
     elif typical:
         values = values.clone()
-        values[typical] = _typical(values[typical], [params[index].typical_p for index in typical])
+        masses, least = [params[row].typical_p for row in typical], [keep[row] for row in typical]
+        values[typical] = _typical(values[typical], masses, least)
     return values
 
 
-def _top_p(values: Tensor, top_p: list[float], total: Tensor | None) -> Tensor:
+def _cut(values: Tensor, removed: Tensor, keep: list[int]) -> Tensor:
+    """`values` without those `removed`, but for each row's `keep` largest."""
+    if max(keep) > 1:
+        width = min(max(keep), values.shape[1])
+        last = torch.tensor(keep, device=values.device).clamp(max=width).unsqueeze(1) - 1
+        removed = removed & (values < values.topk(width, dim=-1).values.gather(1, last))
+    return values.masked_fill(removed, -inf)
+
+
+def _top_p(values: Tensor, top_p: list[float], total: Tensor | None, keep: list[int]) -> Tensor:
     """Keeps the smallest set of most probable tokens that holds at least `top_p` (nucleus sampling,
     Holtzman et al. 2019, arXiv:1904.09751). Of equal scores the larger token id is kept first."""
     if total is None:
@@ -333,10 +355,10 @@ def _top_p(values: Tensor, top_p: list[float], total: Tensor | None) -> Tensor:
     before = (mass.cumsum(dim=-1) - mass).flip(-1)  # probability of everything more probable
     limit = before.new_tensor([inf if p >= 1.0 else p for p in top_p]).unsqueeze(1)
     removed = (before >= limit).scatter(1, order, before >= limit)
-    return values.masked_fill(removed, -inf)
+    return _cut(values, removed, keep)
 
 
-def _typical(values: Tensor, typical_p: list[float]) -> Tensor:
+def _typical(values: Tensor, typical_p: list[float], keep: list[int]) -> Tensor:
     """Locally typical sampling (Meister et al. 2022, arXiv:2202.00666): keeps tokens whose information is
     nearest to the entropy until they hold `typical_p`."""
     log_p = values.log_softmax(dim=-1)
@@ -345,7 +367,8 @@ def _typical(values: Tensor, typical_p: list[float]) -> Tensor:
     ordered, order = distance.sort(dim=-1, stable=True)
     mass = log_p.exp().gather(1, order).cumsum(dim=-1, dtype=torch.float64)
     limit = mass.new_tensor(typical_p).unsqueeze(1)
-    last = (mass < limit).sum(dim=-1, keepdim=True).clamp(max=values.shape[1] - 1)
+    last = (mass < limit).sum(dim=-1, keepdim=True)
+    last = last.maximum(last.new_tensor(keep).unsqueeze(1) - 1).clamp(max=values.shape[1] - 1)
     return values.masked_fill(distance > ordered.gather(1, last), -inf)
 
 
@@ -356,31 +379,10 @@ def _draw(values: Tensor, requests: Sequence[Request]) -> Tensor:
     """The drawn position of each row of `values [rows, width]`, `[rows, 1]`: inverse CDF in float64."""
     weights = (values - values.amax(dim=-1, keepdim=True)).exp()
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    seeds = [_signed(request.params.seed) for request in requests]
+    seeds = [signed(request.params.seed) for request in requests]
     steps = [len(request.output) for request in requests]
     keys = torch.tensor([seeds, steps], dtype=torch.int64, device=values.device)
     # uniform() is at most 1 - 2**-52, so the target stays below the last sum whatever the rounding, and
     # the first sum above it belongs to a token of positive weight.
     target = uniform(keys[0], keys[1]).unsqueeze(1) * sums[:, -1:]
     return torch.searchsorted(sums, target, right=True)
-
-
-def _signed(value: int) -> int:
-    """`value` modulo 2**64 as a signed 64-bit integer."""
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64 on int64 tensors (Steele, Lea, Flood 2014); arithmetic wraps."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def uniform(seeds: Tensor, steps: Tensor) -> Tensor:
-    """One float64 in [0, 1) for each (seed, step), both int64 `[rows]`: a hash, so it has no state and
-    gives the same number on every device. 52 bits of the splitmix64 output."""
-    gamma = _signed(0x9E3779B97F4A7C15)
-    bits = _mixed(_mixed(seeds + gamma) + steps * gamma)
-    return ((bits >> 12) & 0xFFFFFFFFFFFFF).to(torch.float64) * 2.0**-52

@@ -1,25 +1,30 @@
-"""`Scheduler`: which tokens of which requests go into the next batch, and who owns which pages."""
+"""`Scheduler`: which tokens of which rows go into the next batch, and who holds which pages."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 from taut.engine.pages import PagePool
-from taut.engine.request import Request, Status
+from taut.engine.request import Branch, Request, Row, Status
 from taut.errors import RequestError
+
+NO_DRAFTS: Mapping[Row, Sequence[int]] = MappingProxyType({})
 
 
 class Work(NamedTuple):
-    """Tokens [start, start + count) of a request go into the batch; `ready`: the last of them is its last
-    token, so the next one can be sampled."""
+    """Tokens [start, start + count) of a row go into the batch; `ready`: the last of them is its last token,
+    so the next one can be chosen. `drafts` are guesses of what follows that go in behind them: then the next
+    one can be chosen after each."""
 
-    request: Request
+    row: Row
     start: int
     count: int
     ready: bool
+    drafts: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -34,7 +39,12 @@ class Scheduler:
 
     A row begins with the pages that already hold its first tokens, whoever computed them: rows that have
     ended, rows that run, or rows that are computed in the same batch, which writes all keys before it reads
-    any. Only whole pages are shared, and never the last token, whose successor is asked for.
+    any. Only whole pages are shared that way, and never the last token, whose successor is asked for.
+
+    The rows of one request (`Request.rows`) decode in the same steps or not at all. Where one was branched
+    off another, they hold the same pages, also a last one that isn't full: a row that is to write in a page
+    which others hold first gets a copy of its own (`copies`, page -> the page it is a copy of, to be made
+    before the batch runs).
 
     `context` is the longest sequence the model takes. `recompute_at` is a length past which all cached keys
     of a row turn by other angles (longrope): the row is then computed again, once. `share`: whether equal
@@ -56,10 +66,11 @@ class Scheduler:
                 raise RequestError(f"{name} is {value!r}; expected an integer of at least 1")
         self.pages, self.max_rows, self.chunk = pages, max_rows, chunk
         self.context, self.recompute_at, self.share = context, recompute_at, share
-        self._entered: list[int] = []  # pages that the batch under way makes known,
-        self._begun: list[Request] = []  # and rows that begin in it
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.copies: dict[int, int] = {}
+        self._entered: list[int] = []  # pages that others may share once the batch under way has run,
+        self._begun: list[Row] = []  # and rows that begin in it
 
     @property
     def has_work(self) -> bool:
@@ -76,7 +87,7 @@ class Scheduler:
             raise RequestError(
                 f"request {request.id} is {request.status.value}; make a new one to run it again"
             )
-        prompt, new = len(request.prompt), request.params.max_new_tokens
+        prompt, new = max(len(row.prompt) for row in request.rows), request.params.max_new_tokens
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token (such as the model's BOS token)")
         if self.context is not None and prompt + new > self.context:
@@ -86,12 +97,24 @@ class Scheduler:
                 f"prompt of {prompt} tokens + max_new_tokens={new} is {prompt + new} tokens, but the model's "
                 f"context is {self.context}; {advice}"
             )
-        held = prompt + new - 1  # nothing attends to the last token
-        if held > self.pages.tokens:
+        if request.width > self.max_rows:
             raise RequestError(
-                f"prompt of {prompt} tokens + max_new_tokens={new} needs {self.pages.needed(held)} pages of "
+                f"the request has {request.width} rows (num_beams, guidance), but the engine runs at most "
+                f"{self.max_rows}; ask for fewer, or make an engine with max_rows={request.width}"
+            )
+        needed = pages_needed(request, self.pages.size, self.share)
+        if needed > self.pages.count and request.width > 1:
+            raise RequestError(
+                f"{request.width} rows (num_beams, guidance) of up to {prompt + new} tokens need {needed} "
+                f"pages of {self.pages.size} tokens, but the cache has {self.pages.count}; ask for fewer "
+                f"beams or tokens, or make an engine with num_pages={needed} or more"
+            )
+        if needed > self.pages.count:
+            raise RequestError(
+                f"prompt of {prompt} tokens + max_new_tokens={new} needs {needed} pages of "
                 f"{self.pages.size} tokens, but the cache has {self.pages.count}; ask for at most "
-                f"{self.pages.tokens + 1} tokens in all, or make an engine with cache_tokens={held} or more"
+                f"{self.pages.tokens + 1} tokens in all, or make an engine with "
+                f"cache_tokens={prompt + new - 1} or more"
             )
 
     def add(self, request: Request) -> None:
@@ -106,155 +129,250 @@ class Scheduler:
         queue = self.running if request.status is Status.RUNNING else self.waiting
         if request in queue:
             queue.remove(request)
-        self._enter(request, request.computed)
         self._vacate(request)
+        request.branches = []
         request.finish_reason = reason
         request.status = Status.FINISHED  # last: it tells other threads that the rest is final
 
-    def schedule(self) -> list[Work]:
-        """The next batch, with pages for all its tokens; empty only where there is nothing to do."""
-        plan: dict[Request, int] = {}
+    # -- from step to step -------------------------------------------------------------------------------
+
+    def schedule(self, drafts: Mapping[Row, Sequence[int]] = NO_DRAFTS) -> list[Work]:
+        """The next batch, with pages for all its tokens; empty only where there is nothing to do. `drafts`
+        of rows that decode go in as far as there is room for them without preemption."""
+        plan: dict[Row, int] = {}
         self._entered, self._begun = [], []
         for request in self.running.copy():
-            if request.length - request.computed == 1 and self._reserve(request, 1, plan):
-                plan[request] = 1
+            if _decodes(request):
+                self._decode(request, plan)
         left = max(self.chunk - len(plan), 1)
+        guesses: dict[Row, tuple[int, ...]] = {}
+        for row, guess in drafts.items():
+            if row in plan:
+                guesses[row] = self._fitting(row, guess, left - 1)
+                left -= len(guesses[row])
         for request in self.running.copy():
-            pending = request.length - request.computed
-            count = min(pending, left)
-            if pending > 1 and count and self._reserve(request, count, plan):
-                plan[request] = count
-                left -= count
-        for request, count in plan.items():
-            self._enter(request, request.computed + count)
+            if left and request.status is Status.RUNNING and not _decodes(request):
+                left -= self._prefill(request, left, plan)
+        for row, count in plan.items():
+            self._enter(row, row.computed + count)
         while left and self._admissible():
             request = self.waiting.popleft()
             request.status = Status.RUNNING
             self.running.append(request)
-            self._begun.append(request)
-            request.pages = self.pages.share(self._known(request))
-            request.indexed = len(request.pages)
-            request.found = request.computed = request.indexed * self.pages.size
-            count = min(request.length - request.computed, left)
-            self._reserve(request, count, plan)
-            self._enter(request, request.computed + count)
-            plan[request] = count
-            left -= count
-        return [Work(r, r.computed, n, r.computed + n == r.length) for r, n in plan.items()]
-
-    def abandon(self) -> None:
-        """The batch last scheduled has failed: no page that it was to fill may be shared, and rows that began
-        in it, which may share such pages, begin again."""
-        self.pages.forget(self._entered)
-        for request in reversed(self._begun):
-            if request.status is Status.RUNNING:
-                self._preempt(request)
-
-    def spoil(self, request: Request) -> list[int]:
-        """A request's keys aren't finite: nobody may share its pages. Gives those that it alone holds."""
-        self.pages.forget(request.pages)
-        request.indexed = None
-        return [page for page in request.pages if self.pages.holders(page) == 1]
+            left -= self._prefill(request, left, plan)
+        return [Work(row, row.computed, n, n == row.pending, guesses.get(row, ())) for row, n in plan.items()]
 
     def ahead(self, under_way: list[Work]) -> list[Work] | None:
         """The decode step after one whose tokens are not known yet, for the same rows, with pages for it;
         None where the next step may have to be another: a row ends or is computed anew, a request waits, or
         there is no free page."""
-        rows = [work.request for work in under_way]
+        rows = [work.row for work in under_way]
         if self.waiting or len(rows) != len(self.running):
             return None
-        for request in rows:
-            length = request.length + 1  # once the token under way has come
-            ends = len(request.output) + 1 >= request.params.max_new_tokens
-            if request.status is not Status.RUNNING or ends or length - 1 == self.recompute_at:
+        for row in rows:
+            length = row.length + 1  # once the token under way has come
+            ends = len(row.output) + 1 >= row.request.params.max_new_tokens
+            if row.request.status is not Status.RUNNING or ends or length - 1 == self.recompute_at:
                 return None
         missing = [self.pages.needed(r.length + 1) - len(r.pages) for r in rows]
         if sum(max(count, 0) for count in missing) > self.pages.free:
             return None
-        for request, count in zip(rows, missing, strict=True):
+        for row, count in zip(rows, missing, strict=True):
             if count > 0:
-                self.pages.extend(request.pages, count)
+                self.pages.extend(row.pages, count)
         return [Work(r, r.length, 1, True) for r in rows]
+
+    def abandon(self) -> None:
+        """The batch last scheduled has failed: no page that it was to fill may be shared, and rows that began
+        in it, which may share such pages, begin again."""
+        self.pages.forget(self._entered)
+        for row in self._begun:
+            if row.request.status is Status.RUNNING:
+                self._leave(row)
 
     def commit(self, work: Work, token: int | None = None) -> None:
         """The work has run: its keys are in the cache and, where it was ready, `token` comes next."""
-        request = work.request
+        row = work.row
+        row.computed = work.start + work.count
         if token is not None:
-            request.output.append(token)
-        request.computed = work.start + work.count
-        if token is not None and self.recompute_at is not None and request.length == self.recompute_at + 1:
-            self._vacate(request)
+            if row.length == self.recompute_at:
+                self._leave(row)
+            row.output.append(token)
 
-    def _reserve(self, request: Request, count: int, plan: dict[Request, int]) -> bool:
-        """Pages for `count` more tokens, if need be those of the newest; False if that is `request`."""
-        if request.status is not Status.RUNNING:  # preempted earlier in this step
-            return False
-        need = self.pages.needed(request.computed + count) - len(request.pages)
-        while need > self.pages.free:
-            newest = self.running[-1]
-            self._preempt(newest)
-            plan.pop(newest, None)
-            if newest is request:
-                return False
-        if need > 0:
-            self.pages.extend(request.pages, need)
-        return True
+    def branch(self, request: Request, choice: Sequence[tuple[Row, int]]) -> None:
+        """The rows of a request from now on: each goes on from one of those it has, with one more token, and
+        shares the pages of the one it comes from."""
+        before, after = request.rows, []
+        again = before[0].length == self.recompute_at
+        for row, token in choice:
+            branch = Branch(request, row.prompt, [*row.output, token])
+            if not again:
+                branch.pages = self.pages.share(row.pages[: self.pages.needed(row.computed)])
+                branch.computed, branch.indexed = row.computed, row.indexed
+            after.append(branch)
+        for row in before:
+            self._leave(row)
+        request.branches = after
 
-    def _preempt(self, request: Request) -> None:
-        """A running row gives up its pages and waits, first in the queue."""
-        self.running.remove(request)
-        self._enter(request, request.computed)
-        self._vacate(request)
-        request.status = Status.WAITING
-        self.waiting.appendleft(request)
+    def spoil(self, request: Request) -> list[int]:
+        """A request's keys aren't finite: nobody may share its pages. Gives those that it alone holds."""
+        alone: list[int] = []
+        for row in request.rows:
+            self.pages.forget(row.pages)
+            row.indexed = None
+            alone += [page for page in row.pages if self.pages.holders(page) == 1]
+        return alone
+
+    # -- the parts of a step -----------------------------------------------------------------------------
+
+    def _decode(self, request: Request, plan: dict[Row, int]) -> None:
+        """All rows of a request get their one token, or none does, where the request itself gave way."""
+        for row in request.rows:
+            if not self._reserve(row, 1, plan):
+                return
+            plan[row] = 1
+
+    def _prefill(self, request: Request, left: int, plan: dict[Row, int]) -> int:
+        """As many tokens of a request's rows as are `left`, one row after the other, so that each begins with
+        what those before it have computed. Gives how many there are.
+
+        The last tokens of several rows wait for one another: they are a decode step.
+        """
+        if _decodes(request):
+            self._decode(request, plan)
+            return len(request.rows)
+        hold, used, entered = len(request.rows) > 1, 0, len(self._entered)
+        for row in request.rows:
+            if not row.pages:
+                self._begin(row)
+            wanted = row.pending - hold
+            count = min(wanted, left - used)
+            if count > 0:
+                if not self._reserve(row, count, plan):
+                    self.pages.forget(self._entered[entered:])
+                    break
+                plan[row] = count
+                self._enter(row, row.computed + count)
+                used += count
+            if count < wanted:
+                break
+        return used
+
+    def _begin(self, row: Row) -> None:
+        """A row starts, with the pages that there are of it."""
+        self._begun.append(row)
+        row.pages = self.pages.share(self._known(row))
+        row.indexed = len(row.pages)
+        row.found = row.computed = row.indexed * self.pages.size
+
+    def _leave(self, row: Row) -> None:
+        """A row gives up its pages. What they are full of stays known; its length must still be the one that
+        its keys were computed for."""
+        self._enter(row, row.computed)
+        self.pages.release(row.pages)
+        row.computed = row.indexed = 0
 
     def _vacate(self, request: Request) -> None:
-        self.pages.release(request.pages)
-        request.computed = request.indexed = 0
+        for row in request.rows:
+            self._leave(row)
+
+    def _reserve(self, row: Row, count: int, plan: dict[Row, int]) -> bool:
+        """Pages of its own for a row's next `count` tokens, if need be those of the newest request; False if
+        that is the row's own."""
+        if row.request.status is not Status.RUNNING:  # preempted earlier in this step
+            return False
+        at = row.computed // self.pages.size
+        shared = at < len(row.pages) and self.pages.holders(row.pages[at]) > 1
+        need = self.pages.needed(row.computed + count) - len(row.pages)
+        while max(need, 0) + shared > self.pages.free:
+            newest = self.running.pop()
+            for other in newest.rows:
+                plan.pop(other, None)
+            self._vacate(newest)
+            newest.status = Status.WAITING
+            self.waiting.appendleft(newest)
+            if newest is row.request:
+                return False
+        if shared:
+            own, common = self.pages.exchange(row.pages, at)
+            self.copies[own] = common
+        if need > 0:
+            self.pages.extend(row.pages, need)
+        return True
+
+    def _fitting(self, row: Row, guess: Sequence[int], left: int) -> tuple[int, ...]:
+        """As much of a guess of the next tokens as may be checked: not past the row's end, nor past a length
+        at which it is computed again, nor past what is free."""
+        most = min(left, row.request.params.max_new_tokens - len(row.output) - 1)
+        if self.recompute_at is not None and row.length <= self.recompute_at:
+            most = min(most, self.recompute_at - row.length)
+        room = (len(row.pages) + self.pages.free) * self.pages.size - row.length
+        guess = tuple(guess[: max(min(most, room), 0)])
+        need = self.pages.needed(row.length + len(guess)) - len(row.pages)
+        if need > 0:
+            self.pages.extend(row.pages, need)
+        return guess
 
     def _admissible(self) -> bool:
         """Whether the first in the queue can start: beside other rows only if all of it would fit now, so
         that it isn't preempted before its first token."""
-        if not self.waiting or len(self.running) >= self.max_rows:
+        if not self.waiting:
             return False
         if not self.running:
             return True
-        needed = self.pages.needed
-        promised = sum(max(needed(r.length) - len(r.pages), 0) for r in self.running)
-        request, room = self.waiting[0], self.pages.free - promised
-        need = needed(request.length + 1)
+        request, needed = self.waiting[0], self.pages.needed
+        if sum(r.width for r in self.running) + request.width > self.max_rows:
+            return False
+        rows = chain.from_iterable(r.rows for r in self.running)
+        promised = sum(max(needed(row.length) - len(row.pages), 0) for row in rows)
+        room = self.pages.free - promised
+        need = sum(needed(row.length + 1) for row in request.rows)
         if room >= need:
             return True
-        known = self._known(request)
+        known = self._known(request.rows[0])
         return room - self.pages.idle(known) >= need - len(known)
 
     # -- shared prefixes ---------------------------------------------------------------------------------
 
-    def _scope(self, request: Request) -> Hashable:
-        """What a request's prefixes are shared in: keys differ on both sides of `recompute_at`."""
-        return request.scope, self.recompute_at is not None and request.length > self.recompute_at
+    def _scope(self, row: Row) -> Hashable:
+        """What a row's prefixes are shared in: keys differ on both sides of `recompute_at`."""
+        return row.request.scope, self.recompute_at is not None and row.length > self.recompute_at
 
-    def _known(self, request: Request) -> list[int]:
-        """Pages that hold the beginning of a request, but for its last token."""
-        if not self.share or request.scope is None:
+    def _known(self, row: Row) -> list[int]:
+        """Pages that hold the beginning of a row, but for its last token."""
+        if not self.share or row.request.scope is None:
             return []
         size = self.pages.size
-        ends = range(size, request.length, size)
-        return self.pages.prefixes.find(
-            self._scope(request), (request.tokens(end - size, end) for end in ends)
-        )
+        ends = range(size, row.length, size)
+        return self.pages.prefixes.find(self._scope(row), (row.tokens(end - size, end) for end in ends))
 
-    def _enter(self, request: Request, stop: int) -> None:
-        """Let others share a request's pages that are full with the keys of its first `stop` tokens, until
-        one of them stands in another page too."""
-        if not self.share or request.scope is None or request.indexed is None:
+    def _enter(self, row: Row, stop: int) -> None:
+        """Let others share a row's pages that are full with the keys of its first `stop` tokens, until one of
+        them stands in another page too."""
+        if not self.share or row.request.scope is None or row.indexed is None:
             return
-        size, pages = self.pages.size, request.pages
-        for at in range(request.indexed, stop // size):
-            block = request.tokens(at * size, (at + 1) * size)
+        size, pages = self.pages.size, row.pages
+        for at in range(row.indexed, stop // size):
+            block = row.tokens(at * size, (at + 1) * size)
             parent = pages[at - 1] if at else None
-            if not self.pages.prefixes.add(self._scope(request), parent, block, pages[at]):
-                request.indexed = None
+            if not self.pages.prefixes.add(self._scope(row), parent, block, pages[at]):
+                row.indexed = None
                 return
             self._entered.append(pages[at])
-            request.indexed = at + 1
+            row.indexed = at + 1
+
+
+def _decodes(request: Request) -> bool:
+    """Whether every row of a request lacks but its last token."""
+    return all(row.pending == 1 for row in request.rows)
+
+
+def pages_needed(request: Request, size: int, share: bool = True) -> int:
+    """Most pages that a request can hold at a time; `share`: whether its rows hold those of the prompt
+    together."""
+    new = request.params.max_new_tokens - 1  # nothing attends to the last token
+    rows = [-(-(len(row.prompt) + new) // size) for row in request.rows]
+    if len(rows) == request.width:
+        return sum(rows)
+    common = len(request.prompt) // size if share and request.scope is not None else 0
+    return common + request.width * (rows[0] - common)

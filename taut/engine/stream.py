@@ -1,59 +1,14 @@
-"""`Stream`: one row as it is generated; and how a row's text ends it."""
+"""`Stream`: one row as it is generated."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from taut.engine.engine import Engine
-from taut.engine.generation import StopMatcher
 from taut.engine.request import Request
-from taut.engine.streamers import detokenizer
-
-
-class RowText:
-    """A row's text as its tokens come, up to the first stop string."""
-
-    def __init__(self, tokenizer: Any, stops: Sequence[str], skip_special_tokens: bool = True) -> None:
-        self._pieces = detokenizer(tokenizer, skip_special_tokens)
-        self._matcher = StopMatcher(stops)
-
-    @property
-    def stopped(self) -> bool:
-        return self._matcher.stopped
-
-    def push(self, token: int) -> str:
-        return self._matcher.push(self._pieces.push(token))
-
-    def finish(self) -> str:
-        return self._matcher.push(self._pieces.finish()) + self._matcher.finish()
-
-
-class StopRow:
-    """Ends a row at a stop string in its text, or where one of the user's criteria says so."""
-
-    def __init__(self, text: RowText | None, criteria: tuple[Callable[..., Any], ...], given: Tensor) -> None:
-        self.text, self.criteria, self.given = text, criteria, given
-        self.seen = 0  # tokens whose text was looked at
-        self.by_criterion = False
-
-    def __call__(self, request: Request) -> bool:
-        if self.text is not None:
-            for token in request.output[self.seen :]:
-                self.text.push(token)
-            self.seen = len(request.output)
-            if self.text.stopped:
-                return True
-        if self.criteria:
-            new = torch.tensor([request.output], dtype=torch.int64, device=self.given.device)
-            ids = torch.cat((self.given, new), dim=1)  # [1, width + new]
-            scores = tuple(step.unsqueeze(0) for step in request.scores) or None
-            self.by_criterion = any(bool(torch.as_tensor(one(ids, scores)).all()) for one in self.criteria)
-        return self.by_criterion
+from taut.engine.stops import RowText, StopRow
 
 
 def reason(request: Request) -> str | None:

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from taut.engine.generation import StopMatcher
+from taut.engine.stops import StopMatcher, detokenizer
 from taut.errors import RequestError
-from taut.tokenizer import IncrementalDetokenizer, Tokenizer
 
 
 class Streamer(Protocol):
@@ -207,13 +206,3 @@ def _row(value: Tensor | Iterable[int]) -> list[int]:
     if value.ndim > 1 and value.shape[0] != 1:
         raise RequestError(f"a text streamer shows one row; it was given {value.shape[0]}")
     return value.flatten().tolist()
-
-
-def detokenizer(tokenizer: Any, skip_special_tokens: bool) -> IncrementalDetokenizer:
-    """One for `tokenizer`; raises `RequestError` unless that is a tokenizer of Taut."""
-    if not isinstance(tokenizer, Tokenizer):
-        raise RequestError(
-            f"tokenizer is a {type(tokenizer).__name__}; expected a tokenizer of Taut. Next step: load it "
-            "with taut.AutoTokenizer.from_pretrained"
-        )
-    return IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)

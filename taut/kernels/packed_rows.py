@@ -482,9 +482,7 @@ def product(
     steps = triton.cdiv(inputs, 64 * ahead * cut.wk * cut.splits) * ahead
     memory = None
     if cut.splits > 1:
-        memory = workspace(
-            x.device, programs * cut.splits * 128 * columns * cut.tiles * cut.wn, programs
-        )
+        memory = workspace(x.device, programs * cut.splits * 128 * columns * cut.tiles * cut.wn, programs)
     _product[(programs, cut.splits)](
         x.contiguous(), codes, lookup, scales.absmax, scales.table, scales.nested, scales.offset, bias,
         None if residual is None else residual.contiguous(), out, memory.parts if memory else None,

@@ -23,15 +23,15 @@ class Sampling:
     steps: Tensor
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """`value` modulo 2**64 as a signed 64-bit integer."""
     value &= 0xFFFFFFFFFFFFFFFF
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-GAMMA = _signed(0x9E3779B97F4A7C15)
-FIRST = _signed(0xBF58476D1CE4E5B9)
-SECOND = _signed(0x94D049BB133111EB)
+GAMMA = signed(0x9E3779B97F4A7C15)
+FIRST = signed(0xBF58476D1CE4E5B9)
+SECOND = signed(0x94D049BB133111EB)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ def check_pages(s: Scheduler) -> None:
     """Every page is held, unused, or idle and known by its tokens; rows hold what they need, and none but
     running rows hold any; shared pages are full."""
     pool, tree = s.pages, s.pages.prefixes
-    held = Counter(page for r in s.running for page in r.pages)
+    rows = [row for r in s.running for row in r.rows]
+    held = Counter(page for row in rows for page in row.pages)
     assert pool._holders == [held[page] for page in range(pool.count)]
     assert pool._unused == sorted(pool._unused)
     assert sorted((*held, *pool._unused, *pool._idle)) == list(range(pool.count))
@@ -23,9 +24,13 @@ def check_pages(s: Scheduler) -> None:
         assert isinstance(parent, tuple) or parent in tree
     assert len(tree._pages) == len(tree._keys)
     for r in s.running:
-        assert r.status is Status.RUNNING and len(r.pages) >= pool.needed(r.computed)
-        assert len(set(r.pages)) == len(r.pages)
-        for page in r.pages[r.computed // pool.size :]:  # where the row writes next
-            assert held[page] == 1
+        assert r.status is Status.RUNNING
+        for row in r.rows:
+            assert row.request is r and len(row.pages) >= pool.needed(row.computed)
+            assert len(set(row.pages)) == len(row.pages)
+            own = Counter(page for other in r.rows for page in other.pages)
+            for page in row.pages[row.computed // pool.size :]:  # where the row writes next
+                assert held[page] == own[page]  # branches of one request get their own when they do
     for r in s.waiting:
-        assert r.status is Status.WAITING and r.pages == [] and r.computed == 0
+        assert r.status is Status.WAITING
+        assert all(row.pages == [] and row.computed == 0 for row in r.rows)

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from taut.batch import Batch, PagedKV
 from taut.engine import Engine, Request, SamplingParams
+from taut.engine.beams import Beams
 from taut.engine.graph import plain
+from taut.engine.guidance import Guidance
+from taut.engine.scheduler import pages_needed
 from taut.errors import NumericsError, RequestError
 
 from .checks import check_pages
@@ -23,9 +26,18 @@ from .tiny import VOCAB, Tiny
 MODELS = {"plain": Tiny(), "longrope": Tiny(boundary=14), "dynamic": Tiny(dynamic=True)}
 
 
-def request(prompt, new: int = 8, *, eos=(), time=None, greedy=True, seed=0, **hooks) -> Request:
+GROUPS = {
+    "one row": lambda: None,
+    "2 beams": lambda: Beams(2),
+    "3 beams": lambda: Beams(3, returned=2, early_stopping=True, length_penalty=0.5),
+    "4 beams in groups": lambda: Beams(4, groups=2, diversity_penalty=0.7),
+    "guidance": lambda: Guidance(1.7, [9, 8, 7, 6, 5, 4]),
+}
+
+
+def request(prompt, new: int = 8, *, eos=(), time=None, greedy=True, seed=0, kind=None, **hooks) -> Request:
     params = SamplingParams(new, eos_token_ids=eos, max_time=time, greedy=greedy, seed=seed, temperature=1.5)
-    return Request(list(prompt), params, **hooks)
+    return Request(list(prompt), params, group=GROUPS[kind or "one row"](), **hooks)
 
 
 def engine(model="plain", **options) -> Engine:
@@ -40,27 +52,29 @@ class Chained:
         self.e, self.followed = e, 0
 
     def accepts(self, work) -> bool:
-        return all(w.count == 1 and w.ready and plain(w.request) for w in work)
+        return all(w.count == 1 and w.ready and not w.drafts and plain(w.row.request) for w in work)
 
     def start(self, work):
-        tokens, _ = self.e.sampler(self.e.runner(work), [w.request for w in work])
+        tokens, _ = self.e.sampler(self.e.runner(work), [w.row for w in work])
         return SimpleNamespace(work=work, tokens=lambda: tokens)
 
     def follow(self, pending, work):
         self.followed += 1
         for item, token in zip(pending.work, pending.tokens(), strict=True):
-            item.request.output.append(token)  # the device knows it; the host does not yet
+            item.row.output.append(token)  # the device knows it; the host does not yet
         try:
             return self.start(work)
         finally:
             for item in pending.work:
-                item.request.output.pop()
+                item.row.output.pop()
 
 
 @cache
-def alone(model: str, prompt: tuple[int, ...], new: int, greedy: bool = True, seed: int = 0) -> list[int]:
+def alone(
+    model: str, prompt: tuple[int, ...], new: int, greedy: bool = True, seed: int = 0, kind: str = "one row"
+) -> list[int]:
     """What a roomy engine gives with nobody beside the row."""
-    (done,) = engine(model).run([request(prompt, new, greedy=greedy, seed=seed)])
+    (done,) = engine(model, cache_tokens=512).run([request(prompt, new, greedy=greedy, seed=seed, kind=kind)])
     return done.output
 
 
@@ -71,19 +85,48 @@ def drain(e: Engine) -> None:
     assert e.pages.free == e.pages.count
 
 
+def logits(model: Tiny, ids: list[int]) -> torch.Tensor:
+    """`[vocab]` after these tokens, without engine, scheduler or runner."""
+    n = len(ids)
+    config = model.config.layers[0].attn
+    cache = [[torch.zeros(1, n, config.kv_heads, config.head_dim).double() for _ in "12"] for _ in "kv"]
+    one, starts = torch.tensor([n], dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
+    at = torch.arange(n)
+    kv = PagedKV(tuple(cache[0]), tuple(cache[1]), torch.zeros(1, 1, dtype=torch.int32), one, at, n)
+    hidden = model.decoder(Batch(torch.tensor(ids), at.int(), starts, n, kv=kv, totals=one))
+    return model.logits(hidden[-1:])[0]
+
+
 def loop(model: Tiny, prompt: tuple[int, ...], new: int) -> list[int]:
-    """Greedy tokens without engine, scheduler or runner: the whole sequence again for every token."""
+    """Greedy tokens, the whole sequence again for every one."""
     ids = list(prompt)
     for _ in range(new):
-        n = len(ids)
-        config = model.config.layers[0].attn
-        cache = [[torch.zeros(1, n, config.kv_heads, config.head_dim).double() for _ in "12"] for _ in "kv"]
-        one, starts = torch.tensor([n], dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
-        at = torch.arange(n)
-        kv = PagedKV(tuple(cache[0]), tuple(cache[1]), torch.zeros(1, 1, dtype=torch.int32), one, at, n)
-        hidden = model.decoder(Batch(torch.tensor(ids), at.int(), starts, n, kv=kv, totals=one))
-        ids.append(int(model.logits(hidden[-1:]).argmax()))
+        ids.append(int(logits(model, ids).argmax()))
     return ids[len(prompt) :]
+
+
+def guided(model: Tiny, prompt: tuple[int, ...], new: int) -> list[int]:
+    """Greedy tokens under the guidance of `GROUPS`."""
+    output: list[int] = []
+    for _ in range(new):
+        row, negative = (
+            logits(model, [*ids, *output]).log_softmax(-1) for ids in (prompt, (9, 8, 7, 6, 5, 4))
+        )
+        output.append(int((negative + 1.7 * (row - negative)).argmax()))
+    return output
+
+
+def searched(model: Tiny, prompt: tuple[int, ...], new: int, beams: int) -> list[int]:
+    """The likeliest of the sequences of just `new` tokens that beam search finds."""
+    found = [(0.0, ())]
+    for _ in range(new):
+        longer = [
+            (score + value, (*tokens, token))
+            for score, tokens in found
+            for token, value in enumerate(logits(model, [*prompt, *tokens]).log_softmax(-1).tolist())
+        ]
+        found = sorted(longer, reverse=True)[:beams]
+    return list(found[0][1])
 
 
 PROMPTS = [(1,), (5, 6), tuple(range(2, 25)), (9, 9, 9, 9, 9), tuple(range(40, 53)), (3, 1, 4, 1, 5, 9, 2, 6)]
@@ -124,6 +167,18 @@ def test_a_row_of_a_batch_equals_the_row_alone(model, options):
         assert r.output == alone(model, prompt, 10 + at)
         assert r.finish_reason == "length" and r.pages == []
     assert e.pages.free == e.pages.count
+
+
+@pytest.mark.parametrize("model", ["plain", "longrope"])
+def test_rows_of_one_request_equal_loops_without_a_cache(model):
+    """Beams branch off one another and drop out; a guided row has another beside it."""
+    for prompt in PROMPTS:
+        expected = {
+            "2 beams": searched(MODELS[model], prompt, 9, 2),
+            "guidance": guided(MODELS[model], prompt, 9),
+        }
+        for kind, tokens in expected.items():
+            assert alone(model, prompt, 9, kind=kind) == tokens
 
 
 def test_preemption_happened_in_these_tests():
@@ -576,9 +631,9 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
     e = engine(
         model,
         page_size=size,
-        cache_tokens=data.draw(st.integers(20, 60), "cache tokens"),
+        cache_tokens=data.draw(st.sampled_from([32, 40, 56]), "cache tokens"),
         chunk=data.draw(st.sampled_from([1, 2, 3, 7, 64]), "chunk"),
-        max_rows=data.draw(st.integers(1, 5), "rows"),
+        max_rows=data.draw(st.sampled_from([3, 6, 1]), "rows"),
     )
     if data.draw(st.booleans(), "steps chain"):
         e.graphs = Chained(e)
@@ -588,9 +643,15 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
     submitted: list[Request] = []
     streams: dict[Request, object] = {}
 
+    kinds: dict[Request, str] = {}
+
     def check(r: Request) -> None:
-        full = alone(model, tuple(r.prompt), 16, r.params.greedy, r.params.seed)
-        assert r.output == full[: len(r.output)]
+        if "beams" not in kinds[r]:
+            full = alone(model, tuple(r.prompt), 16, r.params.greedy, r.params.seed, kinds[r])
+            assert r.output == full[: len(r.output)]
+        elif r.finish_reason == "length":
+            new = r.params.max_new_tokens
+            assert r.output == alone(model, tuple(r.prompt), new, r.params.greedy, r.params.seed, kinds[r])
         if r.finished:
             assert r.pages == []
         if r.finish_reason == "length":
@@ -606,16 +667,21 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
         }
 
     actions = ["submit", "stream", "step", "step", "next", "cancel", "close"]
-    for action in data.draw(st.lists(st.sampled_from(actions), max_size=40), "actions"):
+    burst = ["submit"] * data.draw(st.sampled_from([0, 4, 8]), "at once")
+    for action in burst + data.draw(st.lists(st.sampled_from(actions), max_size=40), "actions"):
         if action in ("submit", "stream"):
             greedy = data.draw(st.booleans())
+            kind = data.draw(st.sampled_from(["one row", "one row", *GROUPS]))
             r = request(
                 data.draw(prompts),
-                data.draw(st.integers(1, 16)),
-                greedy=greedy,
+                data.draw(st.sampled_from([1, 9, 16, 16])),
+                greedy=greedy or "groups" in kind,
                 seed=0 if greedy else data.draw(st.integers(0, 2)),
+                kind=kind,
             )
-            if len(r.prompt) + r.params.max_new_tokens - 1 > e.pages.tokens:
+            kinds[r] = kind
+            needed = pages_needed(r, size, e.scheduler.share)
+            if needed > e.pages.count or r.width > e.scheduler.max_rows:
                 with pytest.raises(RequestError):
                     e.submit(r)
             elif action == "submit":
@@ -639,10 +705,11 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
         else:
             step()
         check_pages(e.scheduler)
-    limit = 4 * sum(len(r.prompt) + r.params.max_new_tokens for r in submitted) + 1
-    for _ in range(limit):
+    limit = 4 * sum(r.width * (len(r.prompt) + r.params.max_new_tokens) for r in submitted) + 1
+    while e.has_work and limit:
         step()
         check_pages(e.scheduler)
+        limit -= 1
     assert not e.has_work and e.pages.free == e.pages.count
     for r in submitted:
         check(r)

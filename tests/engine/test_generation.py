@@ -10,8 +10,9 @@ import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from taut.engine.generation import DEFAULTS, OPTIONS, UNSUPPORTED, GenerationConfig, StopMatcher
+from taut.engine.generation import DEFAULTS, OPTIONS, UNSUPPORTED, GenerationConfig
 from taut.engine.request import SamplingParams
+from taut.engine.stops import StopMatcher
 from taut.errors import RequestError
 
 FILLED = {

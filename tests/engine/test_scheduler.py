@@ -32,9 +32,9 @@ def run(s: Scheduler) -> list[tuple[Request, int, int]]:
     work = s.schedule()
     for item in work:
         s.commit(item, 7 if item.ready else None)
-        if len(item.request.output) == item.request.params.max_new_tokens:
-            s.finish(item.request, "length")
-    return [(item.request, item.start, item.count) for item in work]
+        if len(item.row.output) == item.row.request.params.max_new_tokens:
+            s.finish(item.row.request, "length")
+    return [(item.row, item.start, item.count) for item in work]
 
 
 def test_pages_lie_end_to_end_where_possible_and_lowest_first():
