@@ -26,7 +26,7 @@ ATTENTIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 PEERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"none": (), "transformers": ("eager", "sdpa"), "all": tuple(ATTENTIONS)}
+    {"none": (), "sdpa": ("sdpa",), "transformers": ("eager", "sdpa"), "all": tuple(ATTENTIONS)}
 )
 
 # What config.json says of the file that it lies beside, and not of the model.

@@ -290,7 +290,7 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "auto",
     peers: Annotated[
-        str, typer.Option(help="none, transformers (eager, sdpa), or all (and flash-attn).")
+        str, typer.Option(help="none, sdpa, transformers (eager, sdpa), or all (and flash-attn).")
     ] = "transformers",
     repeats: Annotated[int, typer.Option(help="Counted runs of each case.")] = 5,
     json: Annotated[
