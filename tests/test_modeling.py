@@ -161,6 +161,22 @@ def test_embeds_logits_to_keep_and_tuples(model):
         output.logit  # noqa: B018
 
 
+def test_logits_beside_a_loss_are_computed_when_looked_at(model, monkeypatch):
+    want, calls, logits = model(IDS).logits, [], model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: calls.append(1) or logits(hidden))
+    output = model(IDS, labels=IDS)
+    assert list(output) == ["loss", "logits"] and output[0] is output.loss and not calls
+    for read in (lambda o: o.logits, lambda o: o[1], lambda o: dict(o)["logits"], lambda o: o[1:][0]):
+        assert torch.equal(read(model(IDS, labels=IDS)), want)
+    for read in (lambda o: list(o.values())[1], lambda o: dict(**o)["logits"], lambda o: o.get("logits")):
+        assert torch.equal(read(model(IDS, labels=IDS)), want)
+    assert torch.equal(output.logits, output["logits"]) and len(calls) == 8
+    model(IDS, labels=IDS).logits.sum().backward()  # and gradients flow through them
+    watched = []
+    model.lm_head.register_forward_hook(lambda *_: watched.append(1))
+    assert torch.allclose(model(IDS, labels=IDS).loss, output.loss) and watched
+
+
 def test_a_familys_own_class_name_loads_that_family_alone(folder):
     from taut import LlamaForCausalLM
 

@@ -16,11 +16,16 @@ CHUNK_LOGITS = 1 << 26
 
 
 def cross_entropy_reference(
-    logits: Tensor, labels: Tensor, softcap: float | None, ignore_index: int, with_gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of each token `[tokens]` in float32 (float64 for float64 logits), 0 where ignored, and the
     gradient of their sum `[tokens, vocab]` in the dtype of `logits`; the logits are not needed afterwards."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         bent = torch.tanh(wide / softcap)
         wide = softcap * bent
@@ -34,22 +39,23 @@ def cross_entropy_reference(
     gradient.scatter_add_(1, at, gradient.new_full((1, 1), -1.0).expand(at.shape))
     if softcap is not None:
         gradient *= 1 - bent.square_()
+    gradient *= scale
     return losses, gradient.masked_fill_(~kept.unsqueeze(1), 0.0).to(logits.dtype)
 
 
-def _cross_entropy(logits, labels, softcap, ignore_index, with_gradient):
+def _cross_entropy(logits, labels, scale, softcap, ignore_index, with_gradient):
     if logits.is_cuda and logits.dtype != torch.float64:
         from taut.kernels.linear_ce_triton import cross_entropy
 
-        return cross_entropy(logits, labels, softcap, ignore_index, with_gradient)
-    return cross_entropy_reference(logits, labels, softcap, ignore_index, with_gradient)
+        return cross_entropy(logits, labels, scale, softcap, ignore_index, with_gradient)
+    return cross_entropy_reference(logits, labels, scale, softcap, ignore_index, with_gradient)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum of losses; gradients are computed here and only scaled in `backward`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, softcap, ignore_index, chunk, run):
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, ignore_index, chunk, run):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         with_gradient = wants_hidden or wants_weight or wants_bias
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -63,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = hidden[begin : begin + chunk]
             logits = torch.nn.functional.linear(part, weight, bias)
             answers = labels[begin : begin + chunk]
-            losses, gradient = run(logits, answers, softcap, ignore_index, with_gradient)
+            losses, gradient = run(logits, answers, scale, softcap, ignore_index, with_gradient)
             del logits
             loss += losses.sum()
             if wants_hidden:
@@ -87,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if t is None else (t * d_loss.to(t.dtype)).to(dtype)
             for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -96,12 +102,14 @@ def linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None = None,
     *,
+    scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     divisor: Tensor | float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of `softcap * tanh((hidden W^T + bias) / softcap)` against `labels`, a scalar.
+    """Cross-entropy of `scale * (hidden W^T + bias)`, bent to `softcap * tanh(that / softcap)` where there is
+    a `softcap`, against `labels`: a scalar.
 
     `hidden` `[tokens, dim]`, `weight` `[vocab, dim]`, `labels` `[tokens]` of classes (already shifted);
     tokens labelled `ignore_index` count for nothing. The sum of losses is divided by `divisor`, by default
@@ -122,7 +130,7 @@ def linear_cross_entropy(
         raise RequestError(f"softcap is {softcap}; expected a positive number")
     chunk = chunk or max(1, CHUNK_LOGITS // weight.shape[0])
     total = _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, softcap, ignore_index, chunk, _cross_entropy
+        hidden, weight, bias, labels, scale, softcap, ignore_index, chunk, _cross_entropy
     )
     if divisor is None:
         counted = (labels != ignore_index).sum()

@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _bend(x, softcap, SOFTCAP: tl.constexpr):
-    """`softcap * tanh(x / softcap)`."""
+def _bend(x, scale, softcap, SOFTCAP: tl.constexpr):
+    """`scale * x`, and that bent to `softcap * tanh(that / softcap)`."""
+    x = x * scale
     if SOFTCAP:
         x = softcap * (1.0 - 2.0 / (tl.exp(2.0 * x / softcap) + 1.0))
     return x
@@ -24,6 +25,7 @@ def _cross_entropy(
     vocab,
     row_stride,
     ignore_index,
+    scale,
     softcap,
     SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -41,13 +43,12 @@ def _cross_entropy(
                 zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
                 tl.store(logits + start + at, zeros, mask=start + at < vocab)
         return
-    picked = _bend(tl.load(logits + label).to(tl.float32), softcap, SOFTCAP)
+    picked = _bend(tl.load(logits + label).to(tl.float32), scale, softcap, SOFTCAP)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
-        x = tl.load(logits + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
-        if SOFTCAP:
-            x = tl.where(start + at < vocab, _bend(x, softcap, SOFTCAP), float("-inf"))
+        x = tl.load(logits + start + at, mask=start + at < vocab, other=0.0).to(tl.float32)
+        x = tl.where(start + at < vocab, _bend(x, scale, softcap, SOFTCAP), float("-inf"))
         peak = tl.maximum(top, x)
         base = tl.where(peak == float("-inf"), 0.0, peak)
         total = total * tl.exp(top - base) + tl.exp(x - base)
@@ -60,15 +61,20 @@ def _cross_entropy(
         for start in range(0, vocab, BLOCK):
             inside = start + at < vocab
             x = tl.load(logits + start + at, mask=inside, other=0.0).to(tl.float32)
-            bent = _bend(x, softcap, SOFTCAP)
+            bent = _bend(x, scale, softcap, SOFTCAP)
             d = tl.exp(bent - log_total) - tl.where(start + at == label, 1.0, 0.0)
             if SOFTCAP:
                 d = d * (1.0 - (bent / softcap) * (bent / softcap))
-            tl.store(logits + start + at, d, mask=inside)
+            tl.store(logits + start + at, d * scale, mask=inside)
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, softcap: float | None, ignore_index: int, with_gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `kernels.linear_ce.cross_entropy_reference`; the gradient overwrites `logits`."""
     rows, vocab = logits.shape
@@ -81,6 +87,7 @@ def cross_entropy(
             vocab,
             logits.stride(0),
             ignore_index,
+            scale,
             softcap or 1.0,
             SOFTCAP=softcap is not None,
             GRADIENT=with_gradient,

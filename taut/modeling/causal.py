@@ -14,11 +14,12 @@ from taut.batch import Batch, pack
 from taut.config import ModelConfig
 from taut.engine.generation import GenerationConfig
 from taut.errors import RequestError
+from taut.kernels.linear_ce import linear_cross_entropy
 from taut.layers.block import Decoder
 from taut.layers.linear import Linear
 from taut.modeling.base import PreTrainedModel
 from taut.modeling.generation import GenerationMixin
-from taut.modeling.output import ModelOutput
+from taut.modeling.output import Later, ModelOutput
 
 
 class CausalLM(GenerationMixin, PreTrainedModel):
@@ -88,7 +89,8 @@ class CausalLM(GenerationMixin, PreTrainedModel):
         packed sequences, `labels` `[rows, width]` with -100 where there is nothing to predict. Each row is
         computed as if it were alone. Gives `loss` (mean over predicted tokens, or their sum divided by
         `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
-        `logits_to_keep` positions alone, if positive) and `hidden_states` if asked.
+        `logits_to_keep` positions alone, if positive; beside a loss they are computed when somebody looks at
+        them) and `hidden_states` if asked.
 
         Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
         """
@@ -104,21 +106,41 @@ class CausalLM(GenerationMixin, PreTrainedModel):
         with self._collect(output_hidden_states) as states:
             hidden = self.packed(self.decoder, batch)
         kept, grid = (hidden, padding) if not logits_to_keep else padding.last(hidden, logits_to_keep)
-        logits = self.logits(kept)
-        loss = None
+        loss = logits = None
         if labels is not None:
             if labels.shape != (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]:
                 raise RequestError(f"labels has shape {list(labels.shape)}; expected the shape of the inputs")
             if logits_to_keep:
                 raise RequestError("labels need every position's logits; leave logits_to_keep at 0")
-            loss = _loss(logits, padding.pack(labels.to(logits.device)), batch, num_items_in_batch)
+            targets = next_tokens(padding.pack(labels.to(hidden.device)), batch)
+            loss = self._loss(hidden, targets, num_items_in_batch)
+            # A long batch's logits are large, and who trains seldom looks at them.
+            logits = Later(lambda: grid.unpack(self.logits(kept)))
         output = ModelOutput(
             loss=loss,
-            logits=grid.unpack(logits),
+            logits=grid.unpack(self.logits(kept)) if logits is None else logits,
             past_key_values=None,
             hidden_states=tuple(padding.unpack(state) for state in states) or None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _loss(self, hidden: Tensor, targets: Tensor, items: int | Tensor | None) -> Tensor:
+        """Cross-entropy of the logits of `hidden` `[tokens, dim]` against `targets` `[tokens]`, a mean or a
+        sum over `items`; in chunks of tokens, so that not all logits are there at once."""
+        c, head = self.config, self.lm_head if self.lm_head is not None else self.model.embed_tokens
+        watched = head._forward_hooks or head._forward_pre_hooks
+        if watched or head.weight is None or head.weight.is_mkldnn:
+            losses = F.cross_entropy(self.logits(hidden), targets, reduction="sum")
+            return losses / ((targets != -100).sum() if items is None else items)
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            targets,
+            getattr(head, "bias", None),
+            scale=1.0 if c.logit_scale is None else c.logit_scale,
+            softcap=c.logit_softcap,
+            divisor=items,
+        )
 
     def prepare_inference(self) -> None:
         super().prepare_inference()
@@ -165,16 +187,14 @@ class CausalLM(GenerationMixin, PreTrainedModel):
         return found[0] if found else "the head's logits"
 
 
-def _loss(logits: Tensor, labels: Tensor, batch: Batch, items: int | Tensor | None) -> Tensor:
-    """Cross-entropy of each token's logits against the next token of its row."""
+def next_tokens(labels: Tensor, batch: Batch) -> Tensor:
+    """What each token is to predict, `[tokens]`: the label of its row's next one; -100 for a row's last."""
     targets = torch.full_like(labels, -100)
-    targets[:-1] = labels[1:]
-    targets[
-        batch.starts[1:][batch.starts.diff() > 0].long() - 1
-    ] = -100  # a row's last token predicts nothing
-    if items is None:
-        return F.cross_entropy(logits, targets, ignore_index=-100)
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / items
+    if len(labels):
+        targets[:-1] = labels[1:]
+        # Where a row without tokens ends, another does too.
+        targets.index_fill_(0, (batch.starts[1:].long() - 1) % len(labels), -100)
+    return targets
 
 
 def token_ids(config: ModelConfig) -> dict[str, Any]:

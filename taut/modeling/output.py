@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, ItemsView, Iterator, ValuesView
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(frozen=True)
+class Later:
+    """A field that is computed when somebody looks at it."""
+
+    make: Callable[[], Any]
+
+
 class ModelOutput(dict):
-    """A result whose fields are keys, attributes and, in order, items; fields that are None are absent."""
+    """A result whose fields are keys, attributes and, in order, items; fields that are None are absent, and
+    one given as `Later` is computed the first time it is asked for."""
 
     def __init__(self, **fields: Any):
         super().__init__({name: value for name, value in fields.items() if value is not None})
@@ -20,7 +30,29 @@ class ModelOutput(dict):
         raise AttributeError(f"{type(self).__name__} has no field {name!r}; it has: {', '.join(self._names)}")
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+        if isinstance(key, slice):
+            return self.to_tuple()[key]
+        name = key if isinstance(key, str) else list(self)[key]
+        value = super().__getitem__(name)
+        if isinstance(value, Later):
+            value = self[name] = value.make()
+        return value
+
+    # All that reads every field does it through `__getitem__`, `dict(output)` too, given an `__iter__` here.
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
+
+    def items(self) -> ItemsView[str, Any]:
+        self.to_tuple()
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:
+        self.to_tuple()
+        return super().values()
 
     def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self.values())
+        return tuple(self[name] for name in self)

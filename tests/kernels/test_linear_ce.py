@@ -28,20 +28,20 @@ def inputs(tokens, dim, vocab, dtype, device, ignored=True):
     return hidden, weight, bias, labels
 
 
-def expected(hidden, weight, bias, labels, softcap):
-    logits = F.linear(hidden, weight, bias)
+def expected(hidden, weight, bias, labels, softcap, scale=1.0):
+    logits = scale * F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, labels)
 
 
 def test_agrees_with_pytorch_in_float64() -> None:
-    for softcap, chunk, with_bias in product((None, 3.0), (None, 4), (False, True)):
+    for softcap, chunk, with_bias, scale in product((None, 3.0), (None, 4), (False, True), (1.0, 0.3)):
         hidden, weight, bias, labels = inputs(11, 6, 37, torch.float64, "cpu")
         bias = bias if with_bias else None
         leaves = [t for t in (hidden, weight, bias) if t is not None]
-        got = linear_cross_entropy(hidden, weight, labels, bias, softcap=softcap, chunk=chunk)
-        want = expected(hidden, weight, bias, labels, softcap)
+        got = linear_cross_entropy(hidden, weight, labels, bias, scale=scale, softcap=softcap, chunk=chunk)
+        want = expected(hidden, weight, bias, labels, softcap, scale)
         torch.testing.assert_close(got, want)
         for g, w in zip(
             torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, leaves), strict=True
@@ -85,8 +85,8 @@ def test_kernel_agrees_with_reference() -> None:
         logits = 4 * torch.randn(5, vocab)
         labels = torch.randint(vocab, (5,))
         labels[2], labels[3] = -100, vocab - 1
-        want = cross_entropy_reference(logits.double(), labels, softcap, -100, gradient)
-        got = cross_entropy(logits.clone(), labels, softcap, -100, gradient)
+        want = cross_entropy_reference(logits.double(), labels, 0.7, softcap, -100, gradient)
+        got = cross_entropy(logits.clone(), labels, 0.7, softcap, -100, gradient)
         torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
         if gradient:
             torch.testing.assert_close(got[1].double(), want[1], rtol=1e-4, atol=1e-6)
@@ -104,7 +104,14 @@ def test_errors() -> None:
 
 def test_compiles() -> None:
     common = {"logits": "*bf16:16", "labels": "*i64:16", "losses": "*fp32:16", "ignore_index": "i32"}
-    common |= {"vocab": "i32:16", "row_stride": "i32:16", "softcap": "fp32", "BLOCK": 4096, "GRADIENT": True}
+    common |= {
+        "vocab": "i32:16",
+        "row_stride": "i32:16",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "BLOCK": 4096,
+        "GRADIENT": True,
+    }
     module, kernel = "taut.kernels.linear_ce_triton", "_cross_entropy"
     specs = [
         Spec(module, kernel, arch, common | {"SOFTCAP": cap}, {"num_warps": 8})
