@@ -31,6 +31,17 @@ def test_the_plan_names_each_choice_and_the_reasons_against_the_others():
     assert "attention of a decode step" in text and "no soft-cap" in text
 
 
+def test_only_layers_with_experts_have_a_line_for_them():
+    model = load(next(case for case in CASES if case.name == "qwen3-moe-some-layers"))
+    lines = [(c.first, c.last) for c in model.plan().choices if c.op == "experts"]
+    assert lines == [(1, 1)]
+    packed = load(next(case for case in CASES if case.name == "mixtral"), load_in_4bit=True)
+    (line,) = [c for c in packed.plan().choices if c.op == "experts"]
+    if not torch.cuda.is_available():
+        assert line.chosen == "a product for each expert in use"
+        assert dict(line.passed)["unpacked, one grouped product"] == "runs on NVIDIA GPUs, not on cpu"
+
+
 def test_layers_that_run_alike_share_a_line():
     model = load()
     model.model.layers[1].self_attn.only = ("eager",)

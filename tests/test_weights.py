@@ -39,8 +39,8 @@ class InMemory:
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate_up = ExpertLinear(3, 4, {"gate": 5, "up": 2}, bias=True)
-        self.down = ExpertLinear(3, 5, 4)
+        self.gate_up = ExpertLinear(3, 2, 4, {"gate": 5, "up": 2}, bias=True)
+        self.down = ExpertLinear(3, 2, 5, 4)
 
 
 class Layer(nn.Module):
@@ -137,7 +137,8 @@ def test_experts_that_lie_in_one_tensor_load_and_come_back(turns, transposed):
         Stacked("m.{}.inner_bias", "m.{}.{}.{}.bias", ("gate", "up"), turns),
         Stacked("m.{}.outer", "m.{}.{}.down.weight", transposed=transposed),
     )
-    experts = {"gate_up": ExpertLinear(3, 4, {"gate": 5, "up": 5}, bias=True), "down": ExpertLinear(3, 5, 4)}
+    gate_up = ExpertLinear(3, 2, 4, {"gate": 5, "up": 5}, bias=True)
+    experts = {"gate_up": gate_up, "down": ExpertLinear(3, 2, 5, 4)}
     model = nn.ModuleDict({"m": nn.ModuleList([nn.ModuleDict(experts)])}).to("meta")
     inner, bias, outer = torch.rand(3, 10, 4), torch.rand(3, 10), torch.rand(3, 4, 5)
     flip = (lambda t: t.mT.contiguous()) if transposed else (lambda t: t)

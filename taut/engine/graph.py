@@ -29,7 +29,7 @@ LEAST_PAGES = 32
 
 def refuses(model) -> str | None:
     """Why decode steps of a model can't be graphs, or None."""
-    if (why := graphs_refuse(model.decoder, torch.device(model.device), model.dtype)) is not None:
+    if (why := graphs_refuse(torch.device(model.device), model.dtype)) is not None:
         return why
     for attn in (m for m in model.decoder.modules() if isinstance(m, Attention)):
         c = attn.config

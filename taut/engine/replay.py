@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from taut.batch import Batch, PagedKV
-from taut.config import Moe
 from taut.kernels.attention import Call, Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.layers.attention import Attention
-from taut.layers.block import Block
+from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 
 # A block takes the host about a millisecond to launch, and a GPU of today multiplies at some 600 TFLOP/s.
@@ -29,19 +28,16 @@ RATE = 6e14
 MOST_GRAPHS = 32
 
 
-def graphs_refuse(module: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no graph can hold what `module` computes, whatever its attention runs on; or None."""
+def graphs_refuse(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no graph can hold what a model computes there, whatever its attention runs on; or None."""
     if (why := device_refuses(device)) is not None:
         return why
-    for block in (m for m in module.modules() if isinstance(m, Block)):
-        if isinstance(block.config.mlp, Moe):
-            return f"layer {block.self_attn.index} waits to know how many tokens each expert has"
     return triton_refuses(torch.empty(0, dtype=dtype, device=device))
 
 
 def refuses(module: nn.Module, device: torch.device, dtype: torch.dtype, cached: bool) -> str | None:
     """Why forwards of `module`, with or without a cache, can't be graphs, or None."""
-    if (why := graphs_refuse(module, device, dtype)) is not None:
+    if (why := graphs_refuse(device, dtype)) is not None:
         return why
     for attn in (m for m in module.modules() if isinstance(m, Attention)):
         c, pages = attn.config, None
@@ -95,8 +91,12 @@ class Replays:
     @cached_property
     def _most(self) -> int:
         """Tokens for which launching takes as long as computing."""
-        linears = [m for m in self.module.modules() if isinstance(m, Linear)]
-        products = sum(linear.in_features * linear.out_features for linear in linears)
+        products = 0  # multiplications of a token
+        for module in self.module.modules():
+            if isinstance(module, Linear):
+                products += module.shape.numel()
+            elif isinstance(module, ExpertLinear):
+                products += module.chosen * module.shape[1:].numel()
         blocks = sum(isinstance(m, Attention) for m in self.module.modules())
         return int(HOST_SECONDS * blocks * RATE / (2 * max(products, 1)))
 

@@ -59,7 +59,18 @@ def slope(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _forward(gate_up, out, hidden, row, ACT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def gated(gate, up, ACT: tl.constexpr, LIMIT: tl.constexpr):
+    """`act(gate) * up` of float32; LIMIT as `kernels.act.glu` takes it, 0 for none."""
+    if LIMIT > 0:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+    return activate(gate, ACT) * up
+
+
+@triton.jit
+def _forward(
+    gate_up, out, hidden, row, ACT: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -68,22 +79,32 @@ def _forward(gate_up, out, hidden, row, ACT: tl.constexpr, BLOCK: tl.constexpr, 
     inside = at < hidden
     gate = tl.load(gate_up + token * row + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * row + hidden + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * hidden + at, activate(gate, ACT) * up, mask=inside)
+    tl.store(out + token * hidden + at, gated(gate, up, ACT, LIMIT), mask=inside)
 
 
 @triton.jit
-def _backward(gate_up, d_out, d_gate_up, hidden, row, d_row, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    gate_up, d_out, d_gate_up, hidden, row, d_row,
+    ACT: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
     gate = tl.load(gate_up + token * row + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * row + hidden + at, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(d_out + token * d_row + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(d_gate_up + token * 2 * hidden + at, d * up * slope(gate, ACT), mask=inside)
-    tl.store(d_gate_up + (token * 2 + 1) * hidden + at, d * activate(gate, ACT), mask=inside)
+    d_gate = d
+    d_up = d
+    if LIMIT > 0:
+        d_gate = tl.where(gate <= LIMIT, d, 0.0)
+        d_up = tl.where(tl.abs(up) <= LIMIT, d, 0.0)
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1
+    tl.store(d_gate_up + token * 2 * hidden + at, d_gate * up * slope(gate, ACT), mask=inside)
+    tl.store(d_gate_up + (token * 2 + 1) * hidden + at, d_up * activate(gate, ACT), mask=inside)
 
 
-def _run_forward(gate_up: Tensor, act: str) -> Tensor:
+def _run_forward(gate_up: Tensor, act: str, limit: float | None) -> Tensor:
     tokens, hidden = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, hidden)
     if out.numel():
@@ -94,6 +115,7 @@ def _run_forward(gate_up: Tensor, act: str) -> Tensor:
             hidden,
             gate_up.stride(0),
             act,
+            limit or 0.0,
             _BLOCK,
             num_warps=4,
             **launch_options(gate_up.device),
@@ -103,10 +125,10 @@ def _run_forward(gate_up: Tensor, act: str) -> Tensor:
 
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up: Tensor, act: str) -> Tensor:
+    def forward(ctx, gate_up: Tensor, act: str, limit: float | None) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.act = act
-        return _run_forward(gate_up, act)
+        ctx.act, ctx.limit = act, limit
+        return _run_forward(gate_up, act, limit)
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
@@ -123,13 +145,14 @@ class _Glu(torch.autograd.Function):
                 gate_up.stride(0),
                 d_out.stride(0),
                 ctx.act,
+                ctx.limit or 0.0,
                 _BLOCK,
                 num_warps=4,
             )
-        return d_gate_up, None
+        return d_gate_up, None, None
 
 
-def glu(gate_up: Tensor, act: str) -> Tensor:
+def glu(gate_up: Tensor, act: str, limit: float | None = None) -> Tensor:
     """`act(gate) * up` in float32, rounded once: `gate_up` `[tokens, 2 * hidden]` -> `[tokens, hidden]`.
     The same as `kernels.act.glu`, in one pass, with a backward in one pass."""
     if act not in ACTIVATIONS:
@@ -139,5 +162,5 @@ def glu(gate_up: Tensor, act: str) -> Tensor:
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
     if torch.is_grad_enabled() and gate_up.requires_grad:
-        return _Glu.apply(gate_up, act)
-    return _run_forward(gate_up, act)
+        return _Glu.apply(gate_up, act, limit)
+    return _run_forward(gate_up, act, limit)

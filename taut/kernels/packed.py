@@ -17,3 +17,15 @@ class Scales:
     table: Tensor | None = None
     nested: Tensor | None = None
     offset: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Matrices one below the other: 4-bit `codes` uint8 `[outputs * inputs / 2]` into 16 `values`, the first
+    of a pair in the high half, with a scale for each `block` of them; or, without `values`, int8 `[outputs,
+    inputs]`, each row times its scale / 127."""
+
+    codes: Tensor
+    scales: Scales
+    values: tuple[float, ...] | None = None
+    block: int = 64

@@ -12,7 +12,7 @@ from taut.kernels.packed import Scales
 
 
 @triton.jit
-def _scale(absmax, scale_table, nested, offset, at, inside, DOUBLE: tl.constexpr):
+def scale_of(absmax, scale_table, nested, offset, at, inside, DOUBLE: tl.constexpr):
     """float32 scales of the blocks `at`."""
     if DOUBLE:
         value = tl.load(scale_table + tl.load(absmax + at, mask=inside, other=0).to(tl.int32))
@@ -32,7 +32,7 @@ def _unpack4(
     byte = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = 2 * byte < count
     packed = tl.load(codes + byte, mask=inside, other=0)
-    scale = _scale(absmax, scale_table, nested, offset, 2 * byte // BLOCK, inside, DOUBLE)
+    scale = scale_of(absmax, scale_table, nested, offset, 2 * byte // BLOCK, inside, DOUBLE)
     code = packed.to(tl.int32)
     high, low = tl.load(values + (code >> 4)), tl.load(values + (code & 15))
     pair = tl.join(high * scale, low * scale)

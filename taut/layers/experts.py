@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,21 @@ from torch import Tensor, nn
 from taut.quant.base import Packed
 from taut.quant.experts import PackedExperts
 
+if TYPE_CHECKING:
+    from taut.kernels.moe_triton import Matrices
+
 
 class ExpertLinear(nn.Module):
     """`y = x W_e^T + b_e` of expert e, `[rows, in_features] -> [rows, out_features]`.
 
     The weight is `[experts, out_features, in_features]`; `parts` as in `Linear`, for each expert. After
-    `pack` it is held in a small format.
+    `pack` it is held in a small format. `chosen`: how many experts a token is given to.
     """
 
     def __init__(
         self,
         experts: int,
+        chosen: int,
         in_features: int,
         out: int | Mapping[str, int],
         *,
@@ -30,7 +35,7 @@ class ExpertLinear(nn.Module):
     ):
         super().__init__()
         self.parts = dict(out) if isinstance(out, Mapping) else None
-        self.experts, self.in_features = experts, in_features
+        self.experts, self.chosen, self.in_features = experts, chosen, in_features
         self.out_features = out if isinstance(out, int) else sum(out.values())
         self.weight = nn.Parameter(torch.empty(experts, self.out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(experts, self.out_features, dtype=dtype)) if bias else None
@@ -40,6 +45,24 @@ class ExpertLinear(nn.Module):
     def shape(self) -> torch.Size:
         """Of the weight, however it is held."""
         return torch.Size((self.experts, self.out_features, self.in_features))
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """The dtype that packed weights are multiplied in, None for their input's."""
+        return None if self.packed is None else self.packed.whole.compute
+
+    def matrices(self, dtype: torch.dtype) -> Matrices:
+        """The projection as Triton's kernels take it for rows of `dtype`: in its codes where there is a
+        kernel for them, otherwise unpacked."""
+        from taut.kernels import moe_packed, moe_products
+
+        if self.packed is None:
+            return moe_products.DenseMatrices(self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        codes = self.packed.codes()
+        if codes is None or moe_packed.refuses(codes, self.in_features, dtype) is not None:
+            return moe_products.DenseMatrices(self.packed.dequantize(dtype), bias)
+        return moe_packed.PackedMatrices(codes, bias, tuple(self.shape), self.packed.dequantize)
 
     def products(self) -> Callable[[int, Tensor], Tensor]:
         """The projection as a function of an expert's number and its rows."""
@@ -57,5 +80,5 @@ class ExpertLinear(nn.Module):
 
     def extra_repr(self) -> str:
         parts = f", parts={dict(self.parts)}" if self.parts else ""
-        biased = self.bias is not None
-        return f"{self.experts} x [{self.in_features}, {self.out_features}], bias={biased}{parts}"
+        shape = f"{self.chosen} of {self.experts} x [{self.in_features}, {self.out_features}]"
+        return f"{shape}, bias={self.bias is not None}{parts}"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from taut.config import Mlp, Moe
+from taut.kernels.dispatch import ops, triton_refuses
 from taut.kernels.linear import linear
-from taut.kernels.moe import mixture, route
+from taut.kernels.moe import mixture
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.layers.mlp import GatedMlp
@@ -25,7 +26,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, in float32 at least, and numbers of the chosen experts, both `[tokens, chosen]`."""
-        return route(linear(x, self.weight, self.bias), self.config.chosen, self.config.normalised)
+        scores = linear(x, self.weight, self.bias)
+        return ops("moe", x).route(scores, self.config.chosen, self.config.normalised)
 
     def extra_repr(self) -> str:
         return f"{self.config.chosen} of {self.config.experts}"
@@ -38,14 +40,25 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         parts = {"gate_proj": config.hidden, "up_proj": config.hidden}
-        self.gate_up_proj = ExpertLinear(config.experts, dim, parts, bias=config.bias, dtype=dtype)
-        self.down_proj = ExpertLinear(config.experts, config.hidden, dim, bias=config.bias, dtype=dtype)
+        count, chosen, settings = config.experts, config.chosen, {"bias": config.bias, "dtype": dtype}
+        self.gate_up_proj = ExpertLinear(count, chosen, dim, parts, **settings)
+        self.down_proj = ExpertLinear(count, chosen, config.hidden, dim, **settings)
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """`weight * expert(x)` summed over the experts chosen for each token."""
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual` and `weight * expert(x)` summed over the experts chosen for each token."""
         c = self.config
-        gate_up, down = self.gate_up_proj.products(), self.down_proj.products()
-        return mixture(x, weights, chosen, c.experts, gate_up, down, c.act, c.limit)
+        if triton_refuses(x) is not None:
+            gate_up, down = self.gate_up_proj.products(), self.down_proj.products()
+            out = mixture(x, weights, chosen, c.experts, gate_up, down, c.act, c.limit)
+            return out if residual is None else residual + out
+        from taut.kernels import moe_triton
+
+        compute = self.gate_up_proj.compute or x.dtype
+        gate_up, down = self.gate_up_proj.matrices(compute), self.down_proj.matrices(compute)
+        if compute is x.dtype:
+            return moe_triton.mixture(x, weights, chosen, gate_up, down, c.act, c.limit, residual)
+        out = moe_triton.mixture(x.to(compute), weights, chosen, gate_up, down, c.act, c.limit).to(x.dtype)
+        return out if residual is None else residual + out
 
 
 class MoeMlp(nn.Module):
@@ -65,7 +78,7 @@ class MoeMlp(nn.Module):
     def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """`residual + mlp(norm(x))`, norm and residual where given."""
         x = x if norm is None else norm(x)
-        out = self.experts(x, *self.gate(x))
         if self.shared_expert is not None:
-            out = out + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return out if residual is None else residual + out
+            shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+            residual = shared if residual is None else residual + shared
+        return self.experts(x, *self.gate(x), residual=residual)

@@ -11,11 +11,13 @@ from taut.kernels import gemv
 from taut.kernels.attention import Call, Pages, explain
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.linear import why_not_blocked
+from taut.layers.moe import MoeMlp
 
 if TYPE_CHECKING:
     from taut.layers.attention import Attention
     from taut.layers.block import Block
     from taut.layers.linear import Linear
+    from taut.layers.moe import Experts
     from taut.modeling.base import PreTrainedModel
 
 Offer = tuple[str, str | None]  # an implementation, and why it can't be taken
@@ -63,12 +65,14 @@ def make_plan(model: PreTrainedModel) -> Plan:
     """The plan of a model on its device, in its dtype; neighbours that run alike share a line."""
     layers = [_layer(model, block) for block in model.blocks()]
     choices = []
-    for op in layers[0] if layers else ():
+    for op in dict.fromkeys(op for layer in layers for op in layer):
         first = 0
-        for last, offers in enumerate(layers):
-            if last + 1 < len(layers) and layers[last + 1][op] == offers[op]:
+        for last, layer in enumerate(layers):
+            offers = layer.get(op)  # only some layers may have experts
+            if last + 1 < len(layers) and layers[last + 1].get(op) == offers:
                 continue
-            choices.append(_choice(first, last, op, offers[op]))
+            if offers is not None:
+                choices.append(_choice(first, last, op, offers))
             first = last + 1
     return Plan(str(model.device), str(model.dtype).removeprefix("torch."), tuple(choices))
 
@@ -86,10 +90,12 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
     x = torch.empty(1, model.config.dim, dtype=model.dtype, device=model.device)
     elementwise: list[Offer] = [("triton", triton_refuses(x)), ("reference", None)]
     attn = block.self_attn
+    experts = {"experts": _experts(x, block.mlp.experts)} if isinstance(block.mlp, MoeMlp) else {}
     return {
         "norm, rotation, activation": elementwise,
         "products of 1 row": _products(x, attn.qkv_proj, 1),
         "products of 512 rows": _products(x, attn.qkv_proj, 512),
+        **experts,
         "attention of even rows": _attention(model, attn, 512, rows=1),
         "attention of uneven rows": _attention(model, attn, 512, rows=2),
         "attention to a cached prefix": _attention(model, attn, 512, rows=1, cached=True),
@@ -110,6 +116,18 @@ def _attention(
         pages = Pages(keys, keys, table, table[0], longest)
     with torch.inference_mode():
         return explain(Call(q, rows, longest, attn.scoring, pages, c.kv_heads), attn.only)
+
+
+def _experts(x: torch.Tensor, experts: Experts) -> list[Offer]:
+    grouped, held = triton_refuses(x), experts.gate_up_proj.packed
+    if held is None:
+        return [("one grouped product", grouped), ("a product for each expert in use", None)]
+    offers: list[Offer] = []
+    if (codes := held.codes()) is not None and grouped is None:
+        from taut.kernels.moe_packed import refuses
+
+        offers = [(f"one grouped product of {held.whole.kind}", refuses(codes, x.shape[1], x.dtype))]
+    return [*offers, ("unpacked, one grouped product", grouped), ("a product for each expert in use", None)]
 
 
 def _products(x: torch.Tensor, linear: Linear, rows: int) -> list[Offer]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taut.kernels.dispatch import ops
+from taut.kernels.packed import Codes
 
 
 class Packed(nn.Module):
@@ -65,6 +66,10 @@ class Packed(nn.Module):
     ) -> Tensor | None:
         """`residual + glu(x W^T + bias)` as `forward` gives it, by a kernel that does it all, without
         gradients; None where there is none for this input."""
+        return None
+
+    def kernel_codes(self) -> Codes | None:
+        """The codes as kernels take them, None for a format that has no kernel."""
         return None
 
     def runs_on(self, x: Tensor) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from taut.errors import CheckpointError
 from taut.kernels.dispatch import device_refuses
-from taut.kernels.packed import Scales
+from taut.kernels.packed import Codes, Scales
 from taut.quant.base import Packed
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -198,6 +198,9 @@ class Blockwise(Packed):
             act=act,
             residual=residual,
         )
+
+    def kernel_codes(self) -> Codes:
+        return Codes(self.codes, self._kernel_scales(), _host_values(self.kind), self.block)
 
     def runs_on(self, x: Tensor) -> str:
         why = self._refused(x)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taut.kernels.packed import Codes
 from taut.quant.base import Packed, Stack, join
 
 
@@ -22,6 +23,7 @@ class PackedExperts(nn.Module):
         whole, each = join(units), len(units) // experts
         if isinstance(whole, Stack):
             whole = Stack([join(units[at : at + each]) for at in range(0, len(units), each)])
+            whole.compute = units[0].compute
         self.whole = whole
         self._each = each
         self._views: list[Packed] | None = None
@@ -38,6 +40,10 @@ class PackedExperts(nn.Module):
         if self._views is None:
             self._views = self.whole.split(self._each)
         return self._views[index]
+
+    def codes(self) -> Codes | None:
+        """All matrices as kernels take them, or None for those that have no kernel."""
+        return self.whole.kernel_codes()
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The values, `[experts, out_features, in_features]`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taut.errors import CheckpointError
 from taut.kernels.dispatch import device_refuses
-from taut.kernels.packed import Scales
+from taut.kernels.packed import Codes, Scales
 from taut.quant.base import Packed
 
 NAMES = ("SCB", "weight_format")
@@ -84,6 +84,9 @@ class Int8(Packed):
         if x.shape[0] > packed_rows.MAX_ROWS and int8_triton.refuses(x) is None:
             return int8_triton.product(x, self.values, self.scale, self.threshold, bias, act, residual)
         return None
+
+    def kernel_codes(self) -> Codes:
+        return Codes(self.values, Scales(self.scale))
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if device_refuses(x.device) is None:

@@ -13,6 +13,7 @@ from tests.families import CASES, VOCAB, checkpoint
 pytestmark = pytest.mark.gpu
 
 FAMILIES = ["llama", "mistral-window", "qwen3", "gemma2", "phi3-longrope", "llama-rope-dynamic"]
+FAMILIES += ["mixtral", "qwen2-moe-some-layers", "qwen3-moe"]
 PARAMS = [
     {},
     {"greedy": False, "seed": 5},

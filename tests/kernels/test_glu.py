@@ -16,14 +16,14 @@ from tests.kernels.compile import Spec, cross_compile
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def agree(name: str, tokens: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+def agree(name: str, tokens: int, hidden: int, dtype: torch.dtype, device: str, limit=None) -> None:
     generator = torch.Generator(device).manual_seed(3)
     gate_up = 2 * torch.randn(tokens, 2 * hidden, generator=generator, device=device, dtype=dtype)
     seed = torch.randn(tokens, hidden, generator=generator, device=device, dtype=dtype)
     results = []
     for module, wide in ((act_triton, dtype), (act, torch.float64)):
         leaf = gate_up.to(wide).requires_grad_()
-        out = module.glu(leaf, name)
+        out = module.glu(leaf, name, limit)
         results.append((out, *torch.autograd.grad(out, leaf, seed.to(wide))))
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape and got.dtype == dtype
@@ -35,6 +35,7 @@ def test_agrees_with_float64() -> None:
     for name in act.ACTIVATIONS:
         for tokens, hidden in ((3, 37), (1, 1030), (0, 8)):
             agree(name, tokens, hidden, torch.float32, "cpu")
+    agree("gelu_quick", 3, 37, torch.float32, "cpu", limit=1.5)
 
 
 def test_errors() -> None:
@@ -52,9 +53,10 @@ def test_compiles() -> None:
             "taut.kernels.act_triton",
             kernel,
             arch,
-            pointers | numbers | {"ACT": f"={name}", "BLOCK": 1024, "PDL": arch >= 90},
+            pointers | numbers | {"ACT": f"={name}", "LIMIT": limit, "BLOCK": 1024, "PDL": arch >= 90},
         )
-        for kernel, arch, name in product(("_forward", "_backward"), (80, 90), act.ACTIVATIONS)
+        for kernel, arch in product(("_forward", "_backward"), (80, 90))
+        for name, limit in [*((name, 0.0) for name in act.ACTIVATIONS), ("gelu_quick", 7.0)]
     ]
     assert all(built.local == 0 for built in cross_compile(specs))
 

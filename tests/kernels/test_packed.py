@@ -187,6 +187,8 @@ def _halves(a: int, b: int, dtype: torch.dtype, op) -> int:
 
 CARRIED_OUT = {
     "and.b32": int.__and__,
+    "or.b32": int.__or__,
+    "shr.b32": int.__rshift__,
     "xor.b32": int.__xor__,
     "mov.b32": int,
     "mul.hi.u32": lambda a, b: a * b >> 32,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from taut import AutoModelForCausalLM, BitsAndBytesConfig, weights
 from taut.checkpoint import Deferred
 from taut.errors import CheckpointError, ConfigError, RequestError, TautError
-from taut.layers import moe
+from taut.kernels import moe
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.modeling import CausalLM
