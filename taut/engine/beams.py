@@ -116,13 +116,13 @@ earlier group has taken in the same step |
             rows, logits = rows * self.width, logits.expand(self.width, -1)
         size, log_probs = self.width // self.groups, logits.log_softmax(-1)
         chosen: list[tuple[int, int]] = []  # (beam, token) of all that go on
+        taken: Counter[int] = Counter()  # tokens of those of earlier groups
         following: list[_Beam] = []
         scored: list[Tensor] = []
         for group in range(self.groups):
             first = group * size
             scores = log_probs[first : first + size]
-            if self.diversity_penalty and chosen:
-                taken = Counter(token for beam, token in chosen if not self._done[beam // size])
+            if self.diversity_penalty and taken:
                 penalty = scores.new_zeros(scores.shape[1])
                 penalty[list(taken)] = penalty.new_tensor(list(taken.values())) * self.diversity_penalty
                 scores = scores - penalty
@@ -137,6 +137,7 @@ earlier group has taken in the same step |
                 candidate.ends = self._ends(request, rows[candidate.beam], candidate.token)
             going = self._settle(request, group, found, rows)
             chosen += [(candidate.beam, candidate.token) for candidate in going]
+            taken.update(candidate.token for candidate in going)
             following += [_Beam(c.score, [*self._beams[c.beam].beams, c.beam]) for c in going]
         self._keep(request, logits, scored)
         self._beams = following
@@ -196,8 +197,10 @@ earlier group has taken in the same step |
     ) -> list[_Candidate]:
         """Take in what has ended, see whether the group is done, and give the continuations that go on."""
         size, ended = self.width // self.groups, self._ended[group]
+        length = len(rows[0].output) + 1
+        full = length == request.params.max_new_tokens
         for candidate in found[:size]:
-            if candidate.ends:
+            if candidate.ends or full:
                 tokens = [*rows[candidate.beam].output, candidate.token]
                 beams = [*self._beams[candidate.beam].beams, candidate.beam]
                 ended.append(Hypothesis(tokens, self._normed(candidate.score, len(tokens)), beams))
@@ -207,7 +210,6 @@ earlier group has taken in the same step |
         order = sorted(range(len(found)), key=last.__getitem__, reverse=True)[:size]
         going = [found[at] for at in order]
         going += [going[-1]] * (size - len(going))  # fewer tokens than beams
-        length = len(rows[0].output) + 1
         if len(ended) == size and self.early_stopping is True:
             self._done[group] = True
         elif len(ended) == size:
@@ -216,7 +218,7 @@ earlier group has taken in the same step |
             if self.early_stopping == "never" and self.length_penalty > 0:
                 reach = request.params.max_new_tokens
             self._done[group] = not self._normed(best, reach) > ended[-1].score
-        if all(candidate.ends for candidate in found):
+        if full or all(candidate.ends for candidate in found):
             self._done[group] = True
         return going
 
@@ -224,8 +226,8 @@ earlier group has taken in the same step |
         return float(score / np.float32(length**self.length_penalty))
 
     def _ends(self, request: Request, row: Row, token: int) -> bool:
-        """Whether a sequence is at its end with this token."""
-        if token in request.params.eos_token_ids or len(row.output) + 1 >= request.params.max_new_tokens:
+        """Whether this token ends a sequence, however long it may be."""
+        if token in request.params.eos_token_ids:
             return True
         if request.should_stop is None:
             return False

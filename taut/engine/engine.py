@@ -16,7 +16,7 @@ from torch import Tensor
 from taut.engine.beams import Beams
 from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
-from taut.engine.request import Ahead, Request, Row
+from taut.engine.request import Ahead, Request, Row, TokenLogprobs
 from taut.engine.runner import Runner, turns_by_length
 from taut.engine.sampler import Sampler
 from taut.engine.scheduler import Scheduler, Work
@@ -236,6 +236,8 @@ class Engine:
             for item in one.work:
                 self.scheduler.commit(item._replace(count=item.count + index), token)
             taken.append(token)
+            if request.logprobs is not None:
+                request.token_logprobs.append(logprobs(one.raw[index], token, request.logprobs))
             if request.keep_logits or request.keep_scores:
                 with torch.inference_mode(False):  # what the caller keeps are ordinary tensors
                     if request.keep_logits:
@@ -444,6 +446,14 @@ class _Asked:
     def logits(self) -> Tensor:
         """What is chosen from, a row for each of `views`."""
         return self.raw if self.request.group is None else self.request.group.combine(self.raw)
+
+
+def logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of a token and of the `count` likeliest, from `logits` `[vocab]`."""
+    values = logits.log_softmax(-1)
+    top = values.topk(min(count, values.shape[0]))
+    found = torch.cat((values[token : token + 1], top.values)).tolist()
+    return TokenLogprobs(found[0], list(zip(top.indices.tolist(), found[1:], strict=True)))
 
 
 def token_bytes(model) -> int:

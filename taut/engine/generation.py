@@ -29,26 +29,23 @@ DEFAULTS: Mapping[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
 }
 
 # transformers' options that Taut does not have, with the values at which they do nothing. Any other value
 # is an error, since the output would not be what was asked for.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "begin_suppress_tokens": (None, [], ()),
     "constraints": (None,),
-    "diversity_penalty": (None, 0.0),
     "dola_layers": (None,),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "exponential_decay_length_penalty": (None,),
     "force_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "guidance_scale": (None, 1.0),
-    "num_beam_groups": (None, 1),
-    "num_beams": (None, 1),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "penalty_alpha": (None, 0.0),
@@ -57,12 +54,12 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
 }
 
-# transformers' options that change speed, memory or beams only: kept, written back, and without effect.
+# transformers' options that change speed or memory only: kept, written back, and without effect.
 WITHOUT_EFFECT = frozenset({
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
     "assistant_lookbehind", "cache_config", "cache_implementation", "compile_config",
-    "continuous_batching_config", "decoder_start_token_id", "disable_compile", "early_stopping",
-    "is_assistant", "length_penalty", "low_memory", "max_cache_len", "max_matching_ngram_size",
+    "continuous_batching_config", "decoder_start_token_id", "disable_compile",
+    "is_assistant", "low_memory", "max_cache_len", "max_matching_ngram_size",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "prefill_chunk_size",
     "prompt_lookup_num_tokens", "remove_invalid_values", "speculation_type", "target_lookbehind",
     "transformers_version", "use_mtp", "_from_model_config", "_commit_hash",
@@ -81,14 +78,24 @@ class GenerationConfig:
     | `max_time` | seconds after which a row ends |
     | `stop_strings` | a text or several that end a row; `generate` then needs `tokenizer=` |
     | `do_sample` | draw tokens; otherwise the most likely is taken |
-    | `temperature`, `top_k`, `top_p`, `min_p`, `typical_p` | shape what is drawn from |
+    | `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff` | shape what is \
+drawn from |
+    | `num_beams` | beam search with so many beams; with `do_sample`, beams are drawn |
+    | `length_penalty` | of beams: the power of the length that a score is divided by |
+    | `early_stopping` | of beams: when to end (True, False or "never") |
+    | `num_beam_groups`, `diversity_penalty` | beams in groups that avoid each other's tokens |
+    | `guidance_scale` | moves away from what follows `negative_prompt_ids`; 1 for none |
     | `repetition_penalty`, `no_repeat_ngram_size` | against repetition, prompt included |
     | `presence_penalty`, `frequency_penalty` | OpenAI's: subtracted for generated tokens, once / per count |
     | `bad_words_ids`, `suppress_tokens` | token sequences, single tokens that may not be generated |
+    | `begin_suppress_tokens` | tokens that may not be the first |
+    | `forced_bos_token_id`, `forced_eos_token_id` | the token after a prompt of one token; the last one |
+    | `exponential_decay_length_penalty` | `(start, factor)`: makes an end likelier after so many tokens |
     | `sequence_bias`, `logit_bias` | `{token ids: bias}` (or pairs), `{token id: bias}` |
     | `renormalize_logits` | returned scores are log-probabilities |
     | `seed` | an int, or one for each returned row; None: from torch's default generator |
-    | `num_return_sequences` | rows returned for each prompt; needs `do_sample` |
+    | `num_return_sequences` | rows returned for each prompt; needs `do_sample` or so many beams |
+    | `logprobs` | keep each token's log-probability, and of so many most likely ones, for the output |
     | `return_dict_in_generate`, `output_scores`, `output_logits` | what `generate` returns |
     | `use_cache` | False: rows share no pages with others, nor with calls before or after; same output |
     | `pad_token_id`, `bos_token_id`, `eos_token_id` | ids; `eos_token_id` may be several |
@@ -109,12 +116,24 @@ class GenerationConfig:
     top_p: float | None = None
     min_p: float | None = None
     typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    num_beam_groups: int | None = None
+    diversity_penalty: float | None = None
+    guidance_scale: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     bad_words_ids: Sequence[Sequence[int]] | None = None
     suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
+    exponential_decay_length_penalty: Sequence[float] | None = None
     sequence_bias: Any = None
     logit_bias: Mapping[int, float] | None = None
     renormalize_logits: bool | None = None
@@ -123,6 +142,7 @@ class GenerationConfig:
     return_dict_in_generate: bool | None = None
     output_scores: bool | None = None
     output_logits: bool | None = None
+    logprobs: int | None = None
     use_cache: bool | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -232,9 +252,8 @@ class GenerationConfig:
                 continue
             raise RequestError(
                 f"{name} is {value!r}, which Taut does not support; without effect: "
-                f"{', '.join(map(repr, neutral))}. Supported: greedy decoding and sampling with "
-                "temperature, top_k, top_p, min_p, typical_p, penalties, bias and bad words. "
-                f"Next step: set {name}={neutral[-1]!r}"
+                f"{', '.join(map(repr, neutral))}. Supported: greedy decoding, sampling and beams, with what "
+                f"GenerationConfig documents. Next step: set {name}={neutral[-1]!r}"
             )
         if self.extra.get("cache_implementation") == "quantized":
             raise RequestError(
@@ -258,6 +277,22 @@ class GenerationConfig:
             return ()
         ids = (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
         return tuple(token for token in ids if token >= 0)  # some files say -1 for none
+
+    @property
+    def beams(self) -> int:
+        """Beams that are followed at a time; 1 where there is no beam search."""
+        return self.num_beams or 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance changes anything."""
+        return self.guidance_scale not in (None, 1.0)
+
+    @property
+    def forced_end(self) -> tuple[int, ...]:
+        """Tokens that alone may be the last; empty for any."""
+        given = self.forced_eos_token_id
+        return () if given is None else (given,) if isinstance(given, int) else tuple(given)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -314,6 +349,11 @@ class GenerationConfig:
             top_p=_or(self.top_p, 1.0),
             min_p=_or(self.min_p, 0.0),
             typical_p=_or(self.typical_p, 1.0),
+            epsilon_cutoff=_or(self.epsilon_cutoff, 0.0),
+            eta_cutoff=_or(self.eta_cutoff, 0.0),
+            # Beams need a token that does not end the row, whatever is cut.
+            min_tokens_to_keep=1 if self.beams == 1 else 1 + max(len(self.eos_token_ids), 1),
+            renormalize=bool(self.renormalize_logits),
             repetition_penalty=_or(self.repetition_penalty, 1.0),
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
@@ -384,6 +424,14 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": _number("more than 0 and at most 1 (1 for all tokens)", lambda v: 0 < v <= 1),
     "min_p": _number("from 0 to 1", lambda v: 0 <= v <= 1),
     "typical_p": _number("more than 0 and at most 1 (1 for all tokens)", lambda v: 0 < v <= 1),
+    "epsilon_cutoff": _number("of at least 0 and below 1 (0 for all tokens)", lambda v: 0 <= v < 1),
+    "eta_cutoff": _number("of at least 0 and below 1 (0 for all tokens)", lambda v: 0 <= v < 1),
+    "num_beams": _integer(1),
+    "length_penalty": _number("that is finite", lambda v: True),
+    "early_stopping": ("True, False or 'never'", lambda v: isinstance(v, bool) or v == "never"),
+    "num_beam_groups": _integer(1),
+    "diversity_penalty": _number("of at least 0", lambda v: v >= 0),
+    "guidance_scale": _number("more than 0 (1 for none)", lambda v: v > 0),
     "repetition_penalty": _number("more than 0 (1 for none)", lambda v: v > 0),
     "presence_penalty": _number("that is finite", lambda v: True),
     "frequency_penalty": _number("that is finite", lambda v: True),
@@ -393,6 +441,13 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: isinstance(v, Sequence) and all(_is_ids(word) and len(word) > 0 for word in v),
     ),
     "suppress_tokens": ("a list of token ids", _is_ids),
+    "begin_suppress_tokens": ("a list of token ids", _is_ids),
+    "forced_bos_token_id": ("a token id", _is_int),
+    "forced_eos_token_id": ("a token id or a list of them", lambda v: _is_int(v) or (_is_ids(v) and v)),
+    "exponential_decay_length_penalty": (
+        "(start, factor): a number of new tokens, and a factor more than 0",
+        lambda v: isinstance(v, Sequence) and len(v) == 2 and _is_int(v[0]) and _is_number(v[1]) and v[1] > 0,
+    ),
     "logit_bias": (
         "a dict of token id -> number",
         lambda v: isinstance(v, Mapping) and all(_is_int(k) and _is_number(b) for k, b in v.items()),
@@ -403,6 +458,7 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "return_dict_in_generate": _FLAG,
     "output_scores": _FLAG,
     "output_logits": _FLAG,
+    "logprobs": _integer(0),
     "use_cache": _FLAG,
     "pad_token_id": ("a token id", _is_int),
     "bos_token_id": ("a token id", _is_int),

@@ -57,7 +57,10 @@ def plain(request: Request) -> bool:
         or p.frequency_penalty
         or p.no_repeat_ngram_size
         or p.typical_p != 1.0
+        or p.epsilon_cutoff
+        or p.eta_cutoff
         or p.min_tokens_to_keep != 1
+        or request.logprobs is not None
         or p.logit_bias
         or p.sequence_bias
         or p.bad_words

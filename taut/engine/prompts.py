@@ -20,14 +20,15 @@ def read_prompts(
     ends: tuple[int, ...],
     vocab: int,
     device: torch.device,
+    name: str = "input_ids",
 ) -> tuple[Tensor, list[list[int]]]:
     """`(given, prompts)`: the padded `[rows, width]` int64 ids as given, and each row's real tokens.
 
     `inputs`: integers `[rows, width]`, or lists of token ids; lists of uneven length are padded left.
     `attention_mask` `[rows, width]`: 0 for padding, wherever it is. Without it, `pad` tokens are padding
     unless `pad` is also one of `ends`, the end-of-sequence tokens (what transformers infers).
-    `device` is where lists go; a tensor stays where it is. Raises `RequestError` for a wrong shape or
-    dtype, a row without tokens, and a token id that is not below `vocab`.
+    `device` is where lists go; a tensor stays where it is. `name` is what errors call the input. Raises
+    `RequestError` for a wrong shape or dtype, a row without tokens, and an id that is not below `vocab`.
     """
     given, mask = _padded(inputs, attention_mask, pad, device)
     rows = given.tolist()
@@ -49,13 +50,13 @@ def read_prompts(
         if not prompt:
             why = "all of it is padding" if given.shape[1] else "it is empty"
             raise RequestError(
-                f"row {index} of input_ids has no token ({why}). Next step: leave the row out, or start it "
+                f"row {index} of {name} has no token ({why}). Next step: leave the row out, or start it "
                 "with the BOS token"
             )
         if min(prompt) < 0 or max(prompt) >= vocab:
             at, bad = next((at, token) for at, token in enumerate(prompt) if not 0 <= token < vocab)
             raise RequestError(
-                f"input_ids row {index}, position {real[index][at]}: token id {bad} is outside the model's "
+                f"{name} row {index}, position {real[index][at]}: token id {bad} is outside the model's "
                 f"vocabulary, 0 to {vocab - 1}. Next step: use the tokenizer of this model"
             )
     return given, prompts

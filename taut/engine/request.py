@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class SamplingParams:
     | `temperature` | divides the logits of a draw; more than 0 |
     | `top_k` | draw among the k most likely tokens; 0 for all |
     | `top_p`, `min_p`, `typical_p` | nucleus, relative-probability and typical cuts; off at 1, 0 and 1 |
+    | `epsilon_cutoff`, `eta_cutoff` | least probability, fixed and by entropy; off at 0 |
     | `repetition_penalty` | divides logits of tokens already there (multiplies negative ones) |
     | `presence_penalty`, `frequency_penalty` | subtracted from logits of generated tokens, once / per count |
     | `no_repeat_ngram_size` | no n-gram of this size occurs twice; 0 for off |
@@ -51,6 +52,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     min_tokens_to_keep: int = 1
     renormalize: bool = False
     repetition_penalty: float = 1.0
@@ -80,6 +83,8 @@ class SamplingParams:
         _number("top_p", self.top_p, "more than 0 and at most 1", lambda v: 0 < v <= 1)
         _number("min_p", self.min_p, "from 0 to 1", lambda v: 0 <= v <= 1)
         _number("typical_p", self.typical_p, "more than 0 and at most 1", lambda v: 0 < v <= 1)
+        for name in ("epsilon_cutoff", "eta_cutoff"):
+            _number(name, getattr(self, name), "of at least 0 and below 1", lambda v: 0 <= v < 1)
         _number("repetition_penalty", self.repetition_penalty, "more than 0", lambda v: v > 0)
         _number("presence_penalty", self.presence_penalty, "any finite number", lambda v: True)
         _number("frequency_penalty", self.frequency_penalty, "any finite number", lambda v: True)
@@ -108,6 +113,14 @@ class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class TokenLogprobs(NamedTuple):
+    """The model's own log-probability of a token that was generated, before any option or processor, and of
+    the likeliest tokens in its place, the best first: `(token id, log-probability)`."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Row:
@@ -167,12 +180,13 @@ class Request(Row):
     | `logits_processors` | caller | called in order with (ids `[1, length]` int64, scores `[1, vocab]`), \
 give new scores |
     | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
+    | `logprobs` | caller | keep the log-probability of each token, and of so many most likely ones |
     | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
     | `group` | caller | what makes several rows of the request: beams, guidance; None: it is its only row |
     | `scope` | caller | requests of one scope share cached prefixes: equal tokens have equal keys there. \
 None: shares none |
     | `id`, `submitted` | engine | number in order of submission; `time.monotonic()` of it |
-    | `output`, `scores`, `logits` | engine | generated ids, and what was kept beside them |
+    | `output`, `token_logprobs`, `scores`, `logits` | engine | generated ids, and what was kept beside them |
     | `branches` | engine | the rows where there are several |
     | `finish_reason` | engine | None, "stop", "length", "stop_string", "time", "cancelled" or "error" |
     | `error` | engine | what failed, when `finish_reason` is "error" |
@@ -185,6 +199,7 @@ share, None: no more of them |
     params: SamplingParams
     logits_processors: tuple[LogitsProcessor, ...] = ()
     should_stop: Callable[[Request], bool] | None = None
+    logprobs: int | None = None
     keep_scores: bool = False
     keep_logits: bool = False
     group: Group | None = None
@@ -192,6 +207,7 @@ share, None: no more of them |
     id: int = -1
     submitted: float = 0.0
     output: list[int] = field(default_factory=list)
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     finish_reason: str | None = None

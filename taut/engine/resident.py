@@ -13,6 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from taut.engine.engine import Engine, token_bytes
 from taut.engine.request import Request
+from taut.engine.runner import turns_by_length
+from taut.engine.scheduler import pages_needed
 from taut.errors import RequestError
 
 # Rows that run at a time at most: each needs a row of logits.
@@ -110,8 +112,10 @@ def _make(model: Any, pages: int) -> Engine:
 def _pages(model: Any, requests: Sequence[Request], kept: Engine | None) -> int:
     """Pages that an engine for these requests should have, where it may take the place of `kept`: those of
     `kept` if they suffice, else all that the requests need, or on a GPU what its memory holds."""
-    needs = [-(-(len(r.prompt) + r.params.max_new_tokens) // PAGE_SIZE) for r in requests]
-    wanted = sum(sorted(needs)[-MAX_ROWS:])
+    share = not turns_by_length(model.config)
+    needs = [pages_needed(request, PAGE_SIZE, share) for request in requests]
+    at_once = max(MAX_ROWS // max(request.width for request in requests), 1)
+    wanted = sum(sorted(needs)[-at_once:])
     if kept is not None and kept.pages.count >= (max(needs) if kept.has_work else wanted):
         return kept.pages.count
     wanted = _rounded(wanted)
@@ -129,9 +133,9 @@ def _pages(model: Any, requests: Sequence[Request], kept: Engine | None) -> int:
         raise RequestError(
             f"row {row} needs a cache of {max(needs) * PAGE_SIZE} tokens "
             f"({max(needs) * page / 2**20:.0f} MiB; prompt {len(requests[row].prompt)}, new "
-            f"{requests[row].params.max_new_tokens}), but {device} has room for {room * PAGE_SIZE} "
-            f"({room * page / 2**20:.0f} MiB). Next step: lower max_new_tokens, shorten the prompt, or "
-            "load the model in fewer bits"
+            f"{requests[row].params.max_new_tokens}, rows {requests[row].width}), but {device} has room "
+            f"for {room * PAGE_SIZE} ({room * page / 2**20:.0f} MiB). Next step: lower max_new_tokens, "
+            "shorten the prompt, or load the model in fewer bits"
         )
     if kept is not None and max(needs) <= kept.pages.count and room < 1.25 * kept.pages.count:
         return kept.pages.count  # memory is full: hardly more room is not worth a new engine

@@ -2,7 +2,8 @@
 
 The order and the meaning of the options are those of transformers:
 sequence bias, repetition penalty, presence and frequency penalty, no-repeat n-grams, bad words, minimum
-length, the user's own processors; then, for rows that sample, temperature, top-k, top-p, min-p, typical-p.
+length, the user's own processors; then, for rows that sample, temperature, top-k, top-p, min-p, typical-p,
+epsilon and eta.
 Presence and frequency penalties, which transformers lacks, are OpenAI's and vLLM's: they count generated
 tokens only, never the prompt.
 """
@@ -17,7 +18,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from taut.engine.request import Request, Row
+from taut.engine.request import Request, Row, SamplingParams
 from taut.errors import NumericsError, RequestError
 from taut.kernels.sample import signed, uniform
 
@@ -333,6 +334,8 @@ def _shape(
         values = values.clone()
         masses, least = [params[row].typical_p for row in typical], [keep[row] for row in typical]
         values[typical] = _typical(values[typical], masses, least)
+    if any(p.epsilon_cutoff or p.eta_cutoff for p in params):
+        values = _truncated(values, params, keep)
     return values
 
 
@@ -370,6 +373,17 @@ def _typical(values: Tensor, typical_p: list[float], keep: list[int]) -> Tensor:
     last = (mass < limit).sum(dim=-1, keepdim=True)
     last = last.maximum(last.new_tensor(keep).unsqueeze(1) - 1).clamp(max=values.shape[1] - 1)
     return values.masked_fill(distance > ordered.gather(1, last), -inf)
+
+
+def _truncated(values: Tensor, params: list[SamplingParams], keep: list[int]) -> Tensor:
+    """Epsilon and eta sampling (Hewitt et al. 2022, arXiv:2210.15191): removes what is less probable than a
+    threshold, which for eta falls with the entropy."""
+    epsilon = values.new_tensor([p.epsilon_cutoff for p in params]).unsqueeze(1)
+    values = _cut(values, values.softmax(dim=-1) < epsilon, keep)
+    log_p = values.log_softmax(dim=-1)
+    entropy = -(log_p * log_p.exp()).nansum(dim=-1, keepdim=True)
+    eta = values.new_tensor([p.eta_cutoff for p in params]).unsqueeze(1)
+    return _cut(values, log_p.exp() < torch.minimum(eta, eta.sqrt() * (-entropy).exp()), keep)
 
 
 # -- the draw ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,25 +82,42 @@ class RowText:
     def finish(self) -> str:
         return self._matcher.push(self._pieces.finish()) + self._matcher.finish()
 
+    def copy(self) -> RowText:
+        """The same text so far, to be continued in another way."""
+        shared = self._pieces.tokenizer, self._pieces.tokenizer.backend_tokenizer
+        return copy.deepcopy(self, {id(one): one for one in shared})
+
 
 class StopRow:
-    """Ends a row at a stop string in its text, or where one of the user's criteria says so."""
+    """Ends a row at a stop string in its text, or where one of the user's criteria says so.
+
+    It is asked about one sequence that grows, or about several that branch off one another, each after its
+    last token.
+    """
 
     def __init__(self, text: RowText | None, criteria: tuple[Callable[..., Any], ...], given: Tensor) -> None:
         self.text, self.criteria, self.given = text, criteria, given
-        self.seen = 0  # tokens whose text was looked at
+        self._texts: dict[tuple[int, ...], RowText] = {}  # of the sequences before and with their last token
         self.by_criterion = False
 
     def __call__(self, request: Request) -> bool:
-        if self.text is not None:
-            for token in request.output[self.seen :]:
-                self.text.push(token)
-            self.seen = len(request.output)
-            if self.text.stopped:
-                return True
+        if self.text is not None and self._reads_stop(request):
+            return True
         if self.criteria:
             new = torch.tensor([request.output], dtype=torch.int64, device=self.given.device)
             ids = torch.cat((self.given, new), dim=1)  # [1, width + new]
-            scores = tuple(step.unsqueeze(0) for step in request.scores) or None
+            scores = tuple(step.view(-1, step.shape[-1]) for step in request.scores) or None
             self.by_criterion = any(bool(torch.as_tensor(one(ids, scores)).all()) for one in self.criteria)
         return self.by_criterion
+
+    def _reads_stop(self, request: Request) -> bool:
+        if request.group is None:
+            self.text.push(request.output[-1])
+            return self.text.stopped
+        sequence = tuple(request.output)
+        before = self._texts.get(sequence[:-1], self.text)
+        text = before.copy()
+        text.push(sequence[-1])
+        self._texts = {seen: t for seen, t in self._texts.items() if len(seen) >= len(sequence) - 1}
+        self._texts[sequence] = text
+        return text.stopped

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from taut.engine.generate import generate, stream
+from taut.engine.output import transition_scores
 from taut.engine.resident import Resident
 from taut.engine.stream import Stream
 
@@ -20,6 +24,17 @@ class GenerationMixin:
     def stream(self, *args: Any, **kwargs: Any) -> Stream:
         """Continue one prompt piece by piece; see `taut.engine.generate.stream`."""
         return stream(self, *args, **kwargs)
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """Scores `[rows, new]` of the tokens that were generated, from what `generate` returned; see
+        `taut.engine.output.transition_scores`."""
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
 
     def free_cache(self) -> None:
         """Give back the memory of the cache and of decode graphs; the next call makes them anew. To be called

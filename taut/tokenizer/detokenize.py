@@ -28,7 +28,7 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._skip = tokenizer._skipped_ids() if skip_special_tokens else frozenset()
         self._text = _reader(tokenizer)
         self._clean = [_Replacer(old, new) for old, new in tokenizer._cleaning()]
@@ -38,7 +38,7 @@ class IncrementalDetokenizer:
         """The text that is final now that `token_id` follows."""
         if self._finished:
             raise TokenizerError("the detokenizer is finished; make a new one for a new sequence")
-        token_id, token = self._tokenizer._known_id(token_id)
+        token_id, token = self.tokenizer._known_id(token_id)
         if token_id in self._skip:
             return ""
         return self._cleaned(self._text.push(token_id, token))

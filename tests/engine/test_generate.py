@@ -114,6 +114,9 @@ def last_letter_bias(ids, scores):
         {"max_new_tokens": 20, "stopping_criteria": [stopping_criteria.MaxLengthCriteria(13)]},
         {"max_new_tokens": 30, "stopping_criteria": [stopping_criteria.EosTokenCriteria([25, 44])]},
         {"max_new_tokens": 3, "temperature": 0.0, "num_beams": 1, "use_cache": False},
+        {"max_new_tokens": 9, "forced_eos_token_id": [25, 44], "eos_token_id": [25, 44]},
+        {"max_new_tokens": 9, "begin_suppress_tokens": [37, 11, 24, 51]},
+        {"max_new_tokens": 30, "exponential_decay_length_penalty": (4, 1.6), "eos_token_id": [25, 44]},
     ],
     ids=",".join,
 )
@@ -142,6 +145,8 @@ def test_greedy_output_is_that_of_transformers(pair, options):
         {"do_sample": True, "top_p": 0.8, "min_p": 0.01, "typical_p": 0.95, "seed": 3},
         {"do_sample": True, "seed": 3},
         {"do_sample": True, "top_k": None, "seed": 3},
+        {"do_sample": True, "epsilon_cutoff": 0.02, "temperature": 1.5, "seed": 3},
+        {"do_sample": True, "eta_cutoff": 0.05, "top_p": 0.95, "seed": 3},
     ],
     ids=str,
 )
@@ -162,6 +167,54 @@ def test_scores_and_logits_are_those_of_transformers(pair, options):
         )
         torch.testing.assert_close(out.logits[step], one.logits[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(out.scores[step], one.scores[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_guidance_is_that_of_transformers(pair, rows):
+    theirs, model = pair
+    ids, mask = padded()
+    negative, negative_mask = ids.flip(0, 1)[:rows], mask.flip(0, 1)[:rows]  # padded right
+    options = {"max_new_tokens": 6, "eos_token_id": None, "guidance_scale": 2.5}
+    flags = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    given = {"negative_prompt_ids": negative, "negative_prompt_attention_mask": negative_mask}
+    out = model.generate(ids, attention_mask=mask, **given, **options, **flags)
+    for row in range(3):
+        other = row % rows
+        one = theirs.generate(
+            ids[row : row + 1][:, mask[row] == 1],
+            negative_prompt_ids=negative[other : other + 1][:, negative_mask[other] == 1],
+            **options,
+            **flags,
+        )
+        assert out.sequences[row, 7:].tolist() == one.sequences[0, -6:].tolist()
+        for step in range(6):
+            torch.testing.assert_close(out.scores[step][row], one.scores[step][0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(out.logits[step][row], one.logits[step][0], rtol=1e-4, atol=1e-4)
+    assert out.sequences.tolist() != model.generate(ids, attention_mask=mask, **options).tolist()
+
+
+def test_a_forced_first_token_follows_a_prompt_of_one(pair):
+    theirs, model = pair
+    options = {"max_new_tokens": 5, "eos_token_id": None, "forced_bos_token_id": 33}
+    options["begin_suppress_tokens"] = [int(model.generate([[5, 33]], max_new_tokens=1)[0, -1])]
+    for ids in (torch.tensor([[5]]), torch.tensor([[5, 6]])):
+        assert model.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
+
+
+def test_logprobs_are_the_models_own(pair):
+    _, model = pair
+    ids, mask = padded()
+    options = {"max_new_tokens": 5, "eos_token_id": None, "do_sample": True, "seed": 1, "temperature": 3.0}
+    flags = {"return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(ids, attention_mask=mask, logprobs=3, **options, **flags)
+    for row in range(3):
+        for step, kept in enumerate(out.logprobs[row]):
+            values = out.logits[step][row].log_softmax(-1)
+            assert kept.logprob == pytest.approx(float(values[out.sequences[row, 7 + step]]), abs=1e-5)
+            assert [token for token, _ in kept.top] == values.topk(3).indices.tolist()
+            assert [value for _, value in kept.top] == pytest.approx(values.topk(3).values.tolist(), abs=1e-5)
+    (only,) = model.generate([[5, 6]], max_new_tokens=1, logprobs=0, return_dict_in_generate=True).logprobs
+    assert only[0].top == []
 
 
 def test_renormalized_scores_are_log_probabilities(pair):
@@ -467,10 +520,23 @@ IDS = torch.full((2, 5), 7)
         (IDS, {"assistant_model": object()}, r"assistant_model: assisted decoding is not supported"),
         (IDS, {"token_type_ids": torch.ones(2, 5)}, r"token_type_ids are not all 0"),
         (IDS, {"temperature": -1}, r"temperature is -1"),
-        (IDS, {"num_beams": 4}, r"num_beams is 4, which Taut does not support"),
         (IDS, {"max_new_token": 4}, r"unknown generation option 'max_new_token'; nearest: max_new_tokens"),
         (IDS, {"atention_mask": IDS}, r"unknown generation option 'atention_mask'; nearest: attention_mask"),
         (IDS, {"max_length": 5, "max_new_tokens": None}, r"max_length is 5 and the prompt is already 5"),
+        (IDS, {"negative_prompt_ids": [[3]]}, r"negative_prompt_ids need guidance_scale"),
+        (
+            IDS,
+            {"negative_prompt_ids": [[3, 99]], "guidance_scale": 2.0},
+            r"negative_prompt_ids row 0, position 1: token id 99",
+        ),
+        (
+            torch.full((3, 5), 7),
+            {"negative_prompt_ids": [[3], [4]], "guidance_scale": 2.0},
+            r"negative_prompt_ids has 2 rows for 3 prompts",
+        ),
+        (IDS, {"guidance_scale": 0.0}, r"guidance_scale is 0.0; expected a number more than 0"),
+        (IDS, {"exponential_decay_length_penalty": (5,)}, r"expected \(start, factor\)"),
+        (IDS, {"logprobs": -1}, r"logprobs is -1"),
         (IDS, {"num_return_sequences": 2}, r"num_return_sequences is 2 with greedy decoding"),
         (IDS, {"stop_strings": ["x"]}, r"stop_strings=\['x'\] are matched on text. .* pass tokenizer="),
         (IDS, {"seed": [1, 2, 3], "do_sample": True}, r"seed holds 3 seeds for 2 returned rows"),

@@ -103,9 +103,9 @@ def test_what_taut_lacks_is_refused_only_where_it_matters(name):
 def test_attributes_can_be_set_and_unknown_ones_are_refused():
     config = GenerationConfig()
     config.max_new_tokens = 3
-    config.num_beams = 4
-    assert (config.max_new_tokens, config.num_beams, config.penalty_alpha) == (3, 4, None)
-    with pytest.raises(RequestError, match="num_beams is 4"):
+    config.dola_layers = "low"
+    assert (config.max_new_tokens, config.dola_layers, config.penalty_alpha) == (3, "low", None)
+    with pytest.raises(RequestError, match="dola_layers is 'low'"):
         config.require_supported()
     with pytest.raises(RequestError, match="nearest: top_k"):
         config.top_kk = 3
