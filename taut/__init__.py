@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import taut` (and `taut --help`) costs nothing.
 _HOMES = {
     "AsyncTextIteratorStreamer": "taut.engine.streamers",
+    "AutoModel": "taut.auto",
     "AutoModelForCausalLM": "taut.auto",
     "AutoTokenizer": "taut.tokenizer",
     "BitsAndBytesConfig": "taut.quant.config",
@@ -28,6 +29,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from taut.auto import AutoModel as AutoModel
     from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from taut.batch import Batch as Batch
     from taut.engine.engine import Engine as Engine
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES and name.endswith(("ForCausalLM", "LMHeadModel")):
+    if name not in _HOMES and ("For" in name or name.endswith("Model")):
         return import_module("taut.auto").family_class(name)
     if name not in _HOMES:
         raise AttributeError(f"module 'taut' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")

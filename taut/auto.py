@@ -2,29 +2,90 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
-from taut.errors import nearest
-from taut.modeling import CausalLM
-from taut.models import architectures
+from taut.config import ModelConfig
+from taut.errors import ConfigError, nearest
+from taut.modeling import CausalLM, HeadlessModel
+from taut.modeling.base import PreTrainedModel
+from taut.modeling.causal import CAUSAL
+from taut.models import families, family, kind, stem
 
 
-class AutoModelForCausalLM:
-    """Loads a `CausalLM` of whatever family the folder, file or Hub id is. Not instantiated itself."""
+class _Auto(PreTrainedModel):
+    """Stands for a class of model of whatever family a folder, file or Hub id is; not instantiated itself.
 
-    from_pretrained = CausalLM.from_pretrained
-    from_config = CausalLM.from_config
+    `kinds` gives the class of each kind of family, `model_type` the one family that it loads, if only one.
+    """
 
-    def __init__(self) -> None:
+    kinds: Mapping[str, type[PreTrainedModel]] = MappingProxyType({})
+    model_type: str | None = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
         name = type(self).__name__
         raise TypeError(f"{name} is not a model; call {name}.from_pretrained(name)")
 
+    @classmethod
+    def of(cls, config: ModelConfig, source: str = "the config") -> type[PreTrainedModel]:
+        if cls.model_type not in (None, config.model_type):
+            general = next(base for base in cls.__mro__ if base.__name__ in AUTO)
+            raise ConfigError(
+                f"{source} is a {config.model_type!r} and not a {cls.model_type!r}; "
+                f"load it with {general.__name__}, which takes every family"
+            )
+        if config.kind not in cls.kinds:
+            able = [name for name, auto in AUTO.items() if config.kind in auto.kinds]
+            raise ConfigError(
+                f"{source} is a {config.model_type!r}, a family of {config.kind}s, which {cls.__name__} does "
+                f"not load; these do: {', '.join(able)}"
+            )
+        return cls.kinds[config.kind]
 
-def family_class(name: str) -> type[AutoModelForCausalLM]:
+
+class AutoModel(_Auto):
+    """Loads a model without a head: hidden states."""
+
+    kinds = MappingProxyType({"decoder": HeadlessModel, "encoder": HeadlessModel})
+
+
+class AutoModelForCausalLM(_Auto):
+    """Loads a decoder that predicts the next token, and generates."""
+
+    kinds = MappingProxyType({"decoder": CausalLM})
+
+
+AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
+    {auto.__name__: auto for auto in (AutoModel, AutoModelForCausalLM)}
+)
+
+# How the families' own class names end, and the class that loads them.
+SUFFIXES: Mapping[str, type[_Auto]] = MappingProxyType(
+    {name.removeprefix("Auto").removeprefix("Model") or "Model": auto for name, auto in AUTO.items()}
+    | {"LMHeadModel": AutoModelForCausalLM}
+)
+
+
+def family_class(name: str) -> type[_Auto]:
     """The loader that programs call by a family's own class name, such as `LlamaForCausalLM`: it refuses
     checkpoints of other families. `AttributeError` for a name that no family has."""
-    known = architectures()
+    known = class_names()
     if name not in known:
         raise AttributeError(f"Taut has no {name}{nearest(name, known)}; it has: {', '.join(sorted(known))}")
-    load = partial(CausalLM.from_pretrained, model_type=known[name])
-    return type(name, (AutoModelForCausalLM,), {"from_pretrained": staticmethod(load)})
+    model_type, auto = known[name]
+    return type(name, (auto,), {"model_type": model_type})
+
+
+def class_names() -> dict[str, tuple[str, type[_Auto]]]:
+    """The families' own class names, each with its `model_type` and the class that loads it."""
+    found = {}
+    for model_type in families():
+        module = family(model_type)
+        for suffix, auto in SUFFIXES.items():
+            name = f"{stem(module)}{suffix}"
+            if suffix in CAUSAL:
+                name = module.ARCHITECTURE
+            if kind(module) in auto.kinds:
+                found[name] = model_type, auto
+    return found

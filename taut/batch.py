@@ -54,6 +54,8 @@ class Batch:
     | `positions` | `[tokens]` int32 | position of each token in its own sequence |
     | `starts` | `[rows + 1]` int32 | cumulative row boundaries (`cu_seqlens`) |
     | `longest` | int | longest row of this batch, on the host |
+    | `features` | `[tokens, features]` int64 or None | the integers that come with each token, such as its \
+type, as `config.features` lists them; None: all are 0 |
     | `kv` | `PagedKV` or None | None: the keys are this batch's own (encoding, training) |
     | `totals` | `[rows]` int32 or None | final length of each row's sequence where it is known to be \
 longer than what this batch holds (chunked prefill); None: a row ends at its last token here |
@@ -66,6 +68,7 @@ longer than what this batch holds (chunked prefill); None: a row ends at its las
     kv: PagedKV | None = None
     embeds: Tensor | None = field(default=None, metadata=EACH_TOKEN)
     totals: Tensor | None = field(default=None, metadata=EACH_ROW)
+    features: Tensor | None = field(default=None, metadata=EACH_TOKEN)
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.embeds is None):
@@ -133,10 +136,12 @@ def pack(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
+    features: Tensor | None = None,
 ) -> tuple[Batch, Padding]:
     """Packed batch of a padded one, and the way back.
 
-    `input_ids` `[rows, width]` or `inputs_embeds` `[rows, width, dim]`. `attention_mask` `[rows, width]`
+    `input_ids` `[rows, width]` or `inputs_embeds` `[rows, width, dim]`; `features` `[rows, width, features]`.
+    `attention_mask` `[rows, width]`
     marks real tokens wherever they stand: left, right or interior padding, and rows without any.
     `position_ids` `[rows, width]` (or `[1, width]`) default to 0, 1, 2 ... over each row's real tokens;
     where they stop increasing inside a row a new sequence begins there, as in batches that a padding-free
@@ -153,6 +158,7 @@ def pack(
             positions=torch.arange(width, dtype=torch.int32, device=device).repeat(rows),
             starts=torch.arange(rows + 1, dtype=torch.int32, device=device) * width,
             longest=width if rows else 0,
+            features=None if features is None else padding.pack(features.to(device)),
         )
         return batch, padding
     if attention_mask is None:
@@ -188,5 +194,6 @@ def pack(
         positions=positions.to(torch.int32),
         starts=starts,
         longest=int(counts.max()) if len(counts) else 0,
+        features=None if features is None else padding.pack(features.to(device)),
     )
     return batch, padding

@@ -114,6 +114,45 @@ class Positions:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Integers that come with each token under the argument `given` (its type, its task, the edges of its
+    box), one for each of `tables`: the name and rows of the table of learned vectors that it is looked up in.
+    Tables of one name are one."""
+
+    given: str
+    tables: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """`norm(act(dense(x)))`; a missing norm is the identity."""
+
+    act: str
+    norm: Norm | None = None
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What stands between a model's hidden states and the last product of each of its heads; None: nothing.
+
+    `pooler`: of a row's first token, gives `pooler_output`; the classes `pooled` have one. `masked`: before
+    the logits of a masked token, which are those of the embedding. `sequence`: of the vector that `pooling`
+    ("first", "mean" or "last") makes of a row, where the class has no pooler. `token`, `span`: of each token.
+    `bias`: whether the product that classifies a row has one.
+    """
+
+    pooler: Transform | None = None
+    pooled: tuple[str, ...] = ("Model", "ForSequenceClassification")
+    masked: Transform | None = None
+    sequence: Transform | None = None
+    pooling: str = "first"
+    token: Transform | None = None
+    span: Transform | None = None
+    bias: bool = True
+
+
+@dataclass(frozen=True)
 class Attn:
     """Grouped-query attention.
 
@@ -185,13 +224,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole decoder. `context` is in tokens; `source` is the `config.json` it was read from, `names` what
-    it calls keys that others call by the usual name, and `unused` lists the keys of it that nothing read or
-    ignored by name.
+    """A whole model, a "decoder" or an "encoder" by its `kind`. `context` is in tokens; `source` is the
+    `config.json` it was read from, `names` what it calls keys that others call by the usual name, and
+    `unused` lists the keys of it that nothing read or ignored by name.
 
     The embedding table has rows of `embed_dim`, times `embed_scale`; another `embed_dim` than `dim` is
     projected to `dim` on the way in and back on the way out. Whatever enters is multiplied by `input_scale`,
     then come `positions` and `embed_norm`. Logits are those of the head times `logit_scale`.
+
+    An encoder adds `positions` and `features` to the embedding, in `embed_dim`; then come `embed_norm` and
+    the projection to `dim`. `weights_of` names for each layer the first one with the same weights.
     """
 
     model_type: str
@@ -210,6 +252,10 @@ class ModelConfig:
     head_bias: bool = False
     logit_scale: float | None = None
     logit_softcap: float | None = None
+    kind: str = "decoder"
+    features: tuple[Features, ...] = ()
+    weights_of: tuple[int, ...] | None = None
+    heads: Heads = Heads(pooling="last", bias=False)
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -225,6 +271,30 @@ class ModelConfig:
         if name.startswith("__") or key not in source:
             raise AttributeError(f"the config has no {name!r}{nearest(name, [*source, *names])}")
         return source[key]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each label of a classifier."""
+        named = self.source.get("id2label")
+        if named is not None:
+            return {int(index): name for index, name in named.items()}
+        return {index: f"LABEL_{index}" for index in range(self.source.get("num_labels", 2))}
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The reverse of `id2label`."""
+        return {name: index for index, name in self.id2label.items()}
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels a classifier has."""
+        return len(self.id2label)
+
+    @property
+    def problem_type(self) -> str | None:
+        """What a classifier's labels mean to its loss: "regression", "single_label_classification",
+        "multi_label_classification", or None for what labels and their count say."""
+        return self.source.get("problem_type")
 
     @property
     def rope_boundary(self) -> int | None:
@@ -367,12 +437,13 @@ class Reader:
         return (*(key for key in self.data if key not in self._seen), *inner)
 
 
-# Keys transformers writes into every config.json; none changes what a decoder computes at inference.
+# Keys transformers writes into every config.json; none changes what a model computes at inference.
 HOUSEKEEPING = (
     *("_name_or_path", "_attn_implementation", "attn_implementation", "_commit_hash", "architectures"),
     *("auto_map", "chunk_size_feed_forward", "id2label", "label2id", "initializer_range", "is_decoder"),
     *("is_encoder_decoder", "model_type", "output_attentions", "output_hidden_states", "pretraining_tp"),
-    *("problem_type", "return_dict", "task_specific_params", "tokenizer_class", "transformers_version"),
+    *("problem_type", "num_labels", "return_dict", "task_specific_params", "tokenizer_class"),
+    *("transformers_version",),
     *("use_cache", "use_return_dict", "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"),
     *("attn_pdrop", "emb_pdrop", "classifier_dropout", "activation_dropout", "gradient_checkpointing"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
@@ -504,7 +575,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fields: Any) -> ModelConfig:
-    """The `ModelConfig` of a decoder, with what every `config.json` says in the same words."""
+    """The `ModelConfig` of a model, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
     reader.ignore(*HOUSEKEEPING)
     reader.only("add_cross_attention", False)

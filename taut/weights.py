@@ -255,16 +255,47 @@ def _spans(parts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
         start += rows
 
 
-def with_prefix(tensors: Mapping[str, LazyTensor], expected: Iterable[str]) -> Mapping[str, LazyTensor]:
+def prefix_of(pieces: Iterable[Piece], module: str = "model") -> str | None:
+    """The first word that the disk names of all parameters inside `module` share: files saved without a head
+    leave it out. None where there is no such word."""
+    words = {piece.disk.split(".", 1)[0] for piece in pieces if piece.param.startswith(f"{module}.")}
+    return words.pop() if len(words) == 1 else None
+
+
+@dataclass(frozen=True)
+class Without:
+    """Disk names leave out the first word `prefix`, where they have it."""
+
+    prefix: str
+
+    def apply(self, pieces: list[Piece]) -> list[Piece]:
+        return [replace(piece, disk=piece.disk.removeprefix(f"{self.prefix}.")) for piece in pieces]
+
+
+def with_prefix(
+    tensors: Mapping[str, LazyTensor], prefix: str | None, expected: Collection[str]
+) -> Mapping[str, LazyTensor]:
     """`tensors` under the names `expected`, where a file saved without a head leaves out the first word of
     each: `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`."""
-    expected = set(expected)
-    words = {name.split(".", 1)[0] for name in expected if name.count(".") > 1}  # the head has two
-    if len(words) != 1 or any(name.split(".", 1)[0] in words for name in tensors):
+    if prefix is None or any(name.startswith(f"{prefix}.") for name in tensors):
         return tensors
-    word = words.pop()
-    renamed = {n if n in expected else f"{word}.{n}": tensor for n, tensor in tensors.items()}
-    return renamed if expected & renamed.keys() else tensors
+    renamed = {n if n in expected else f"{prefix}.{n}": tensor for n, tensor in tensors.items()}
+    return renamed if renamed.keys() & set(expected) else tensors
+
+
+_GREEK = MappingProxyType({"gamma": "weight", "beta": "bias"})
+
+
+def without_greek(tensors: Mapping[str, LazyTensor], expected: Collection[str]) -> Mapping[str, LazyTensor]:
+    """`tensors` with the weights and biases of norms under the names `expected`, which files that came from
+    TensorFlow call gamma and beta."""
+
+    def today(name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        renamed = f"{module}.{_GREEK.get(kind, kind)}"
+        return renamed if name not in expected and renamed in expected else name
+
+    return {today(name): tensor for name, tensor in tensors.items()}
 
 
 def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
@@ -284,37 +315,73 @@ def _disk_shapes(pieces: Iterable[Piece], params: Mapping[str, torch.Size]) -> d
     return {name: (entries[name], *shape) if name in entries else shape for name, shape in shapes.items()}
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a load found beside what it filled: parameters that the checkpoint lacks (`fresh`, by their own
+    names, to be initialised), and tensors that no parameter is for (`left_out`, a head's)."""
+
+    fresh: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leeway:
+    """Where checkpoint and model may differ: modules that a checkpoint may lack (`fresh`, by our names; also
+    those of another shape, if `reshape`), and tensors that a model may (`spare`; `*` is a wildcard)."""
+
+    fresh: tuple[str, ...] = ()
+    reshape: bool = False
+    spare: tuple[str, ...] = ()
+
+    def may_lack(self, param: str) -> bool:
+        return any(param.startswith(f"{module}.") for module in self.fresh)
+
+
 def check(
     pieces: Sequence[Piece],
     params: Mapping[str, torch.Size],
     tensors: Mapping[str, LazyTensor],
     ignored: Sequence[str] = (),
-) -> None:
+    leeway: Leeway = Leeway(),
+) -> Report:
     """Match checkpoint tensors and parameters one to one, or raise one `WeightsError` with everything that
     is missing, unexpected or misshapen. `ignored` are name patterns (`*` as wildcard) a file may hold."""
     expected = _disk_shapes(pieces, params)
+    owner = {piece.disk: piece.param for piece in pieces}
     missing = [name for name in expected if name not in tensors]
-    unexpected = [
-        name for name in tensors if name not in expected and not any(fnmatch(name, p) for p in ignored)
-    ]
+    unexpected = [name for name in tensors if name not in expected and not _matches(name, ignored)]
     misshapen = [
-        f"{name}: the file has {list(tensors[name].shape)}, the config asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
+        name for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape
     ]
+    lacking = missing + misshapen if leeway.reshape else missing
+    fresh = tuple(dict.fromkeys(owner[name] for name in lacking if leeway.may_lack(owner[name])))
+    left_out = tuple(name for name in unexpected if _matches(name, leeway.spare))
+    missing = [name for name in missing if owner[name] not in fresh]
+    misshapen = [name for name in misshapen if owner[name] not in fresh]
+    unexpected = [name for name in unexpected if name not in left_out]
     count = len(missing) + len(unexpected) + len(misshapen)
     if count:
         # Only what is shown looks for its nearest names: of thousands of experts that takes minutes.
         shown = [f"missing: {n} {list(expected[n])}{nearest(n, unexpected)}" for n in missing[:40]]
         others = unexpected[: 40 - len(shown)]
         shown += [f"unexpected: {n} {list(tensors[n].shape)}{nearest(n, missing)}" for n in others]
-        shown += [f"wrong shape: {line}" for line in misshapen[: 40 - len(shown)]]
+        for name in misshapen[: 40 - len(shown)]:
+            anew = "; ignore_mismatched_sizes=True makes it anew" if leeway.may_lack(owner[name]) else ""
+            shown.append(
+                f"wrong shape: {name}: the file has {list(tensors[name].shape)}, the config asks for "
+                f"{list(expected[name])}{anew}"
+            )
         more = [f"... and {count - 40} more"] if count > 40 else []
         raise WeightsError(
             f"the checkpoint does not fit the model ({len(missing)} missing, {len(unexpected)} unexpected, "
             f"{len(misshapen)} of another shape); is config.json the one of these weights?\n  "
             + "\n  ".join(shown + more)
         )
+    return Report(fresh, left_out)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 # A slice is at most this many bytes as read, so that loading needs the model and little more.
@@ -329,22 +396,24 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     ignored: Sequence[str] = (),
+    leeway: Leeway = Leeway(),
     packers: Mapping[str, Packer] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> Report:
     """Fill a model built on the meta device, in `dtype` on `device`, one slice at a time.
 
     `packers` names the checkpoint's matrices (or stacks of experts' matrices) that are to be held packed,
     and how; each becomes so before the next is read. All or nothing: names and shapes are checked before
     anything is allocated, and parameters replace the meta ones only once every slice has been read. Peak host
     memory is the model (if it lives on the host) plus one slice. `progress(done, total)` is called with bytes
-    of the finished model.
+    of the finished model. What the report calls fresh is allocated, and left to the caller to initialise.
     """
     device, shapes = torch.device(device), _shapes(model)
     # A stored packed matrix is upright whatever way its dense one would lie.
     upright = {name for name, packer in packers.items() if isinstance(packer, AsStored)}
     pieces = [replace(p, transposed=p.transposed and p.disk not in upright) for p in layout(model, rules)]
-    check(pieces, shapes, tensors, ignored)
+    report = check(pieces, shapes, tensors, ignored, leeway)
+    pieces = [piece for piece in pieces if piece.param not in report.fresh]
     runs = _runs(pieces, _linear_pieces(model, pieces), packers)
     dense_pieces = [piece for piece in pieces if piece.param not in runs]
 
@@ -357,10 +426,12 @@ def load(
         for name, found in runs.items()
     }
     total = sum(map(sum, sizes.values()))
-    total += sum(s.numel() for name, s in shapes.items() if name not in runs) * dtype.itemsize
+    total += (
+        sum(s.numel() for n, s in shapes.items() if n not in runs and n not in report.fresh) * dtype.itemsize
+    )
     done = 0
 
-    def report(more: int) -> None:
+    def loaded(more: int) -> None:
         nonlocal done
         done += more
         if progress is not None:
@@ -372,14 +443,14 @@ def load(
     for piece in dense_pieces:
         target = piece.view(filled[piece.param])
         _fill(target, piece, tensors[piece.disk], entries)
-        report(target.numel() * dtype.itemsize)
+        loaded(target.numel() * dtype.itemsize)
     packed: dict[str, list[Packed]] = {}
     for name, found in runs.items():
         units = []
         for run, count in zip(found, sizes[name], strict=True):
             source, packer = tensors[run[0].disk], packers.get(run[0].disk)
             units.append(_pack(run, source, packer, shapes[name][-1], dtype, entries))
-            report(count)
+            loaded(count)
         packed[name] = units
     for name, tensor in filled.items():
         path, _, kind = name.rpartition(".")
@@ -388,6 +459,7 @@ def load(
         )
     for name, units in packed.items():
         model.get_submodule(name.removesuffix(".weight")).pack(units)
+    return report
 
 
 class _Entries:

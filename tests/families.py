@@ -313,25 +313,31 @@ CASES = [
 
 
 @functools.cache
-def checkpoint(case: Case) -> Path:
-    """Folder of the case's checkpoint in float32, weights drawn wide enough that every one matters."""
+def checkpoint(case: Case, auto: str = "AutoModelForCausalLM") -> Path:
+    """Folder of the case's checkpoint in float32, as transformers' class `auto` writes it, with weights drawn
+    wide enough that every one matters."""
     config = getattr(transformers, f"{case.family}Config")(**{**case.base, **case.options})
     torch.manual_seed(len(case.name))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = getattr(transformers, auto).from_config(config)
     for name, param in model.named_parameters():
-        if name.endswith("weight") and ("norm" in name or ".ln_" in name):
+        if name.endswith("weight") and ("norm" in name.lower() or ".ln_" in name or "emb_ln" in name):
             nn.init.uniform_(param, -0.3, 0.3) if "gemma" in case.name else nn.init.uniform_(param, 0.7, 1.3)
         else:
             nn.init.normal_(param, std=0.15)
-    folder = Path(tempfile.mkdtemp(prefix="taut-families-")) / case.name
+    folder = Path(tempfile.mkdtemp(prefix="taut-families-")) / f"{case.name}-{auto}"
     model.save_pretrained(folder)
     return folder
 
 
 def oracle(
-    case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    auto: str = "AutoModelForCausalLM",
 ) -> transformers.PreTrainedModel:
     """The case's model in transformers."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint(case), dtype=dtype, attn_implementation=case.attention
-    ).to(device)
+    return (
+        getattr(transformers, auto)
+        .from_pretrained(checkpoint(case, auto), dtype=dtype, attn_implementation=case.attention)
+        .to(device)
+    )

@@ -17,6 +17,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
         "relu": F.relu,
         "relu2": lambda x: F.relu(x).square(),
+        "tanh": torch.tanh,
     }
 )
 

@@ -29,6 +29,8 @@ def activate(x, ACT: tl.constexpr):
         y = x * tl.sigmoid(1.702 * x)
     elif ACT == "relu":
         y = tl.maximum(x, 0.0)
+    elif ACT == "tanh":
+        y = 2 * tl.sigmoid(2 * x) - 1
     else:
         tl.static_assert(ACT == "relu2")
         r = tl.maximum(x, 0.0)
@@ -52,6 +54,9 @@ def slope(x, ACT: tl.constexpr):
         d = s * (1 + 1.702 * x * (1 - s))
     elif ACT == "relu":
         d = tl.where(x > 0, 1.0, 0.0)
+    elif ACT == "tanh":
+        t = 2 * tl.sigmoid(2 * x) - 1
+        d = 1 - t * t
     else:
         tl.static_assert(ACT == "relu2")
         d = 2 * tl.maximum(x, 0.0)

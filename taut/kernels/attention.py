@@ -124,6 +124,21 @@ def explain(call: Call, only: tuple[str, ...] | None = None) -> list[tuple[str, 
     return [(name, _refusal(name, candidate, call, only)) for name, candidate in CANDIDATES.items()]
 
 
+# Where the weights of each call go, if anyone asks for them: one tensor `[heads, queries, keys]` a row.
+_weights: ContextVar[list[tuple[Tensor, ...]] | None] = ContextVar("taut_attention_weights", default=None)
+
+
+@contextmanager
+def attention_weights() -> Iterator[list[tuple[Tensor, ...]]]:
+    """Inside the block attention runs on the reference, which alone has weights, and the list that this gives
+    gets those of each call: one tensor `[heads, queries, keys]` for each row that has queries."""
+    token = _weights.set([])
+    try:
+        yield _weights.get()
+    finally:
+        _weights.reset(token)
+
+
 # PyTorch's own switches, which `sdpa_kernel` sets, by the kind of attention they allow.
 BACKENDS: Mapping[str, Callable[[], bool]] = MappingProxyType(
     {
@@ -163,6 +178,8 @@ def _refusal(name: str, candidate: Candidate, call: Call, only: tuple[str, ...] 
     for allowed in (only, _allowed.get()):
         if allowed is not None and name not in allowed:
             return f"not among the implementations asked for ({', '.join(allowed)})"
+    if _weights.get() is not None and name != "eager":
+        return "has no attention weights to give"
     if candidate.backend is not None and not BACKENDS[candidate.backend]():
         return f"PyTorch's sdpa_kernel leaves {candidate.backend} attention out"
     return candidate.refuse(call)
@@ -215,7 +232,7 @@ def _reference(q, k, v, starts, longest, scoring, pages):
     """The definition of right: one row at a time, scores in float32 (float64 for float64 input)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // (k if pages is None else pages.keys).shape[-2]
-    out = []
+    out, weights = [], []
     for qr, kr, vr in _rows(q, k, v, starts, pages):
         kr, vr = (t.to(wide).repeat_interleave(group, 1) for t in (kr, vr))
         scores = torch.einsum("qhd,khd->hqk", qr.to(wide), kr) * scoring.scale
@@ -227,7 +244,12 @@ def _reference(q, k, v, starts, longest, scoring, pages):
             scores = scores + _relative(len(qr), len(kr), scoring.relative).to(wide)
         if (seen := _visible(len(qr), len(kr), scoring, q.device)) is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vr).to(q.dtype))
+        shares = scores.softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", shares, vr).to(q.dtype))
+        if _weights.get() is not None:
+            weights.append(shares)
+    if (calls := _weights.get()) is not None:
+        calls.append(tuple(weights))
     return torch.cat(out) if out else q.new_zeros(q.shape)
 
 

@@ -1,4 +1,4 @@
-"""One transformer block and the stack of them."""
+"""One transformer block, the stack of them, and the stack of a language model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taut.batch import Batch
 from taut.config import Layer, Mlp, ModelConfig, Moe
 from taut.config import Norm as NormConfig
+from taut.errors import RequestError
 from taut.layers.attention import Attention
 from taut.layers.embedding import Embedding, PositionEmbedding
 from taut.layers.linear import Linear
@@ -73,39 +74,63 @@ def _mlp_of(config: Mlp | Moe) -> type[nn.Module]:
     return GatedMlp if config.gated else PlainMlp
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks and final norm: one call trains, encodes, prefills and decodes."""
+class Stack(nn.Module):
+    """Blocks over packed tokens and the norm behind them: one call trains, encodes, prefills and decodes.
+
+    By itself it takes embeddings (`Batch.embeds`); what makes these of something else is a subclass, with
+    modules of its own, made in `make_embedding`, and its `embed`.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__()
-        dim, inner = config.dim, config.embed_dim or config.dim
         self.config = config
+        self.make_embedding(config, dtype)
+        made: dict[int, Block] = {}
+        for index, first in enumerate(config.weights_of or range(len(config.layers))):
+            if first not in made:
+                made[first] = Block(config.layers[index], config.dim, index, dtype=dtype)
+        self.layers = nn.ModuleList(made[i] for i in config.weights_of or made)
+        self.norm = Norm(config.norm, config.dim, dtype=dtype) if config.norm else None
+        # Layers that rotate alike share their angles, which are computed once a batch.
+        self.rotaries = {r: Rotary(r) for r in dict.fromkeys(layer.attn.rope for layer in config.layers) if r}
+
+    def make_embedding(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        """The modules that `embed` needs, before all others in the order of files."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        """What enters the first block, `[tokens, dim]`."""
+        if batch.embeds is None:
+            raise RequestError(f"a {self.config.model_type} takes embeddings, and this batch has token ids")
+        return batch.embeds
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states `[tokens, dim]` after the final norm; new keys are written to `batch.kv`."""
+        x = self.embed(batch)
+        rotations = {rope: rotary(batch, x.dtype) for rope, rotary in self.rotaries.items()}
+        for layer in self.layers:
+            x = layer(x, batch, rotations.get(layer.config.attn.rope))
+        return x if self.norm is None else self.norm(x)
+
+
+class Decoder(Stack):
+    """The stack of a language model, from token ids."""
+
+    def make_embedding(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        dim, inner = config.dim, config.embed_dim or config.dim
         self.embed_tokens = Embedding(config.vocab_size, inner, scale=config.embed_scale, dtype=dtype)
         self.project_in = Linear(inner, dim, dtype=dtype) if inner != dim else None
         self.embed_positions = (
             PositionEmbedding(config.positions, dim, dtype=dtype) if config.positions is not None else None
         )
         self.embed_layernorm = Norm(config.embed_norm, dim, dtype=dtype) if config.embed_norm else None
-        self.layers = nn.ModuleList(
-            Block(layer, dim, index, dtype=dtype) for index, layer in enumerate(config.layers)
-        )
-        self.norm = Norm(config.norm, dim, dtype=dtype) if config.norm else None
         self.project_out = Linear(dim, inner, dtype=dtype) if inner != dim else None
-        # Layers that rotate alike share their angles, which are computed once a batch.
-        self.rotaries = {r: Rotary(r) for r in dict.fromkeys(layer.attn.rope for layer in config.layers) if r}
 
     def forward(self, batch: Batch) -> Tensor:
-        """Hidden states `[tokens, embed_dim]` after the final norm; new keys are written to `batch.kv`."""
-        x = self.embed(batch)
-        rotations = {rope: rotary(batch, x.dtype) for rope, rotary in self.rotaries.items()}
-        for layer in self.layers:
-            x = layer(x, batch, rotations.get(layer.config.attn.rope))
-        if self.norm is not None:
-            x = self.norm(x)
+        """Hidden states `[tokens, embed_dim]`; new keys are written to `batch.kv`."""
+        x = super().forward(batch)
         return x if self.project_out is None else self.project_out(x)
 
     def embed(self, batch: Batch) -> Tensor:
-        """What enters the first block, `[tokens, dim]`."""
         x = self.embed_tokens(batch.ids) if batch.embeds is None else batch.embeds
         if self.config.input_scale is not None:
             x = x * self.config.input_scale

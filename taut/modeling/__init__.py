@@ -2,4 +2,5 @@
 
 from taut.modeling.base import PreTrainedModel as PreTrainedModel
 from taut.modeling.causal import CausalLM as CausalLM
+from taut.modeling.headless import HeadlessModel as HeadlessModel
 from taut.modeling.output import ModelOutput as ModelOutput

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,22 +18,25 @@ from torch import Tensor, nn
 from taut import weights
 from taut.batch import Batch
 from taut.checkpoint import open_checkpoint, write_safetensors
+from taut.checkpoint.base import some
 from taut.config import ModelConfig
 from taut.engine.generation import GenerationConfig
 from taut.engine.replay import Replays
-from taut.errors import ConfigError, RequestError, nearest
+from taut.errors import RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import Call, explain
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
+from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
-from taut.models import family, layouts, read_config
+from taut.models import family, layouts, read_config, stem
 from taut.placement import pick_device, pick_dtype
 from taut.quant.base import Packed, Stack
 from taut.quant.choose import asked, choose, unpacked
 from taut.quant.config import BitsAndBytesConfig
+from taut.weights import Rule
 
 Self = TypeVar("Self", bound="PreTrainedModel")
 
@@ -49,13 +52,24 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
 
 class PreTrainedModel(nn.Module):
     """A model that a checkpoint can be loaded into. Weights are empty until `from_pretrained`,
-    `from_config` or `init_weights`; a subclass adds its modules and its `forward`."""
+    `from_config` or `init_weights`; a subclass adds its modules and its `forward`.
+
+    What it computes before its head is the module `model`. `suffix` ends the class's name in transformers.
+    `head` names modules that a checkpoint may lack (they are then initialised, with a warning) and that stay
+    dense when a model is quantized while loading; a class with `whole=False` also takes checkpoints with
+    another head, which it leaves out.
+    """
+
+    suffix = ""
+    head: tuple[str, ...] = ()
+    whole = True
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.generation_config: GenerationConfig | None = None  # of models that generate
         self.quantization_config: BitsAndBytesConfig | None = None
+        self.load_report = weights.Report()
         self._replays: Replays | None = None
 
     # ------------------------------------------------------------------------------------ what it is
@@ -156,9 +170,23 @@ class PreTrainedModel(nn.Module):
 
     # ------------------------------------------------------------------------------------ loading, saving
 
+    def rules(self) -> tuple[Rule, ...]:
+        """How the names in saved files map onto those of this model."""
+        return tuple(weights.storable(self, layouts(self.config)))
+
+    def architecture(self) -> str:
+        """The name of this class, of its family, in transformers."""
+        return f"{stem(family(self.config.model_type))}{self.suffix}"
+
     def ignored(self) -> tuple[str, ...]:
         """Patterns of tensors that a checkpoint may hold beside those of this model."""
         return ()
+
+    @classmethod
+    def of(cls: type[Self], config: ModelConfig, source: str = "the config") -> type[Self]:
+        """The class that `config` is a model of: this one, unless it stands for several. `ConfigError`, which
+        names `source`, where there is none."""
+        return cls
 
     @classmethod
     def from_pretrained(
@@ -181,7 +209,12 @@ class PreTrainedModel(nn.Module):
         local_files_only: bool = False,
         gguf_file: str | None = None,
         progress: bool | None = None,
-        model_type: str | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        problem_type: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        add_pooling_layer: bool = True,
         **unknown: Any,
     ) -> Self:
         """Load a folder, a `.gguf` file or a Hub id.
@@ -194,7 +227,10 @@ class PreTrainedModel(nn.Module):
         older way to ask for "flash_attention_2". `load_in_4bit`, `load_in_8bit` and `quantization_config` (a
         `BitsAndBytesConfig`, transformers' own or a dict) pack the linear layers while loading; a checkpoint
         that is packed already needs none of them. `progress`: a bar on the terminal; default: only if stderr
-        is one. `model_type`: the family that it has to be.
+        is one. `num_labels`, or the names `id2label` and `label2id`, and `problem_type` change what a
+        classifier classifies. A head that the checkpoint lacks, or with `ignore_mismatched_sizes` has in
+        another shape, is initialised, and a warning names it. `add_pooling_layer=False` leaves out an
+        encoder's pooler.
 
         Raises `CheckpointError` (files), `ConfigError` (config.json) or `WeightsError` (tensors that don't
         fit the config); nothing half-loaded remains.
@@ -218,39 +254,53 @@ class PreTrainedModel(nn.Module):
         )
         checkpoint = unpacked(open_checkpoint(path))
         config = read_config(checkpoint.config, f"{path}: config")
-        if model_type not in (None, config.model_type):
-            raise ConfigError(
-                f"{path} is a {config.model_type!r} and not a {model_type!r}; "
-                "load it with AutoModelForCausalLM, which takes every family"
-            )
+        chosen = cls.of(config, str(path))
+        config = relabelled(
+            config,
+            num_labels=num_labels,
+            id2label=id2label,
+            label2id=label2id,
+            problem_type=problem_type,
+        )
+        if not add_pooling_layer:
+            config = replace(config, heads=replace(config.heads, pooler=None))
         target = pick_device(device_map if device_map is not None else device)
         choice = torch_dtype if torch_dtype is not None else dtype
         kind = pick_dtype(choice, config, checkpoint, target)
         with torch.device("meta"):
-            model = cls(config, dtype=kind)
-        mapping = weights.fitting(model, layouts(config), checkpoint.tensors)
-        names = [piece.disk for piece in weights.layout(model, mapping)]
-        checkpoint = replace(checkpoint, tensors=weights.with_prefix(checkpoint.tensors, names))
+            model = chosen(config, dtype=kind)
+        known = layouts(config)
+        prefix = weights.prefix_of(weights.layout(model, known[0]))
+        names = {piece.disk for mapping in known for piece in weights.layout(model, mapping)}
+        tensors = weights.without_greek(weights.with_prefix(checkpoint.tensors, prefix, names), names)
+        checkpoint = replace(checkpoint, tensors=tensors)
+        mapping = weights.fitting(model, known, tensors)
+        layout = weights.layout(model, mapping)
         keep = choice in ("auto", None) and kind is torch.bfloat16 and target.type == "cpu"
         packing = choose(
             checkpoint,
             wanted,
             weights.linears(model, mapping),
             kind,
+            heads=model.heads_on_disk(layout, prefix),
             keep_blocks=keep and bool(checkpoint.metadata),
         )
         ignored = (*_IGNORED, *getattr(family(config.model_type), "IGNORED", ()), *model.ignored())
         with _progress(progress, str(name)) as report:
-            weights.load(
+            model.load_report = weights.load(
                 model,
                 packing.tensors,
                 mapping,
                 dtype=kind,
                 device=target,
                 ignored=ignored,
+                leeway=model.leeway(packing.tensors, prefix, reshape=ignore_mismatched_sizes),
                 packers=packing.packers,
                 progress=report,
             )
+        if model.load_report.fresh:
+            model.init_weights(only=model.load_report.fresh)
+            _warn_fresh(model.load_report, str(name), type(model).__name__)
         model.quantization_config = packing.config
         if model.generation_config is not None:
             own = model.generation_config.to_dict()
@@ -269,12 +319,36 @@ class PreTrainedModel(nn.Module):
         """A model with random weights, from a `ModelConfig` or a `config.json` as a dict."""
         config = config if isinstance(config, ModelConfig) else read_config(config)
         with torch.device("meta"):
-            model = cls(config, dtype=dtype or config.dtype or torch.float32)
+            model = cls.of(config)(config, dtype=dtype or config.dtype or torch.float32)
         return model.to_empty(device=device).init_weights()
 
-    def init_weights(self: Self, std: float = 0.02) -> Self:
-        """Fill in place: matrices from N(0, std), norms with the identity, biases with zero."""
+    def leeway(
+        self, tensors: Collection[str], prefix: str | None, *, reshape: bool = False
+    ) -> weights.Leeway:
+        """Where a checkpoint with `tensors` may differ from this model: outside of `prefix` are heads."""
+        spare = ()
+        if not self.whole and prefix is not None:
+            spare = tuple(name for name in tensors if not name.startswith(f"{prefix}."))
+            spare += (f"{prefix}.pooler.*",)
+        return weights.Leeway(fresh=self.head, reshape=reshape, spare=spare)
+
+    def heads_on_disk(self, layout: Sequence[weights.Piece], prefix: str | None) -> list[str]:
+        """What files call the modules of `head`, less the word that headless files leave out."""
+        owned = tuple(f"{module}." for module in self.head)
+        names = (
+            [p.disk for p in layout if p.param.startswith(owned) and p.disk.endswith(".weight")]
+            if owned
+            else []
+        )
+        return [name.removeprefix(f"{prefix}.").removesuffix(".weight") for name in names]
+
+    @torch.no_grad()
+    def init_weights(self: Self, std: float = 0.02, only: Collection[str] | None = None) -> Self:
+        """Fill in place: matrices from N(0, std), norms with the identity, biases with zero. `only`: names of
+        the parameters to fill; default: all."""
         for name, param in self.named_parameters():
+            if only is not None and name not in only:
+                continue
             module = self.get_submodule(name.rpartition(".")[0])
             if name.endswith("bias"):
                 nn.init.zeros_(param)
@@ -333,17 +407,26 @@ class PreTrainedModel(nn.Module):
         """Write `config.json`, `generation_config.json` and safetensors under the names that transformers
         and every other reader know; shards of at most `max_shard_size`."""
         folder = Path(folder)
-        tensors = weights.store(self, weights.storable(self, layouts(self.config)))
+        tensors = weights.store(self, self.rules())
         write_safetensors(folder, tensors, max_shard_size)
         rewritten = ("torch_dtype", "dtype", "quantization_config")
         source = {k: v for k, v in self.config.source.items() if k not in rewritten}
         if self.quantization_config is not None:
             source["quantization_config"] = self.quantization_config.to_dict()
         source["dtype"] = str(self.dtype).removeprefix("torch.")
-        source["architectures"] = [self.config.architecture]
+        source["architectures"] = [self.architecture()]
         (folder / "config.json").write_text(json.dumps(source, indent=2, sort_keys=True) + "\n", "utf-8")
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
+
+
+def _warn_fresh(report: weights.Report, name: str, kind: str) -> None:
+    left_out = f"; of the checkpoint, {some(report.left_out)} was left out" if report.left_out else ""
+    warnings.warn(
+        f"{name} has no weights for {some(report.fresh, 12)} of a {kind}: they are newly initialised, and "
+        f"should be trained before they are used{left_out}",
+        stacklevel=4,
+    )
 
 
 _LATER = {

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taut.batch import Batch, pack
+from taut.batch import Batch
 from taut.config import ModelConfig
 from taut.engine.generation import GenerationConfig
 from taut.errors import RequestError
 from taut.kernels.linear_ce import linear_cross_entropy
 from taut.layers.block import Decoder
 from taut.layers.linear import Linear
-from taut.modeling.base import PreTrainedModel
 from taut.modeling.generation import GenerationMixin
+from taut.modeling.labels import token_loss
 from taut.modeling.output import Later, ModelOutput
+from taut.modeling.text import TextModel, token_labels
+from taut.models import family
+
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # how classes with this head are called
 
 
-class CausalLM(GenerationMixin, PreTrainedModel):
+class CausalLM(GenerationMixin, TextModel):
     """A decoder with a language-model head.
 
     `model.decoder(batch)` is the packed call that everything goes through; `model(input_ids, ...)` and
     `model.generate(...)` are the padded ones. Weights are empty until `from_pretrained` or `init_weights`.
     """
 
+    suffix = "ForCausalLM"
+
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
-        super().__init__(config)
+        super().__init__(config, dtype=dtype)
         self.generation_config = GenerationConfig.from_dict(token_ids(config))
-        self.model = Decoder(config, dtype=dtype)
         self.lm_head = None
         if not config.tied:
             width = config.embed_dim or config.dim
@@ -49,8 +51,9 @@ class CausalLM(GenerationMixin, PreTrainedModel):
     def ignored(self) -> tuple[str, ...]:
         return ("lm_head.weight",) if self.config.tied else ()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
+    def architecture(self) -> str:
+        own = self.config.architecture
+        return own if own.endswith(CAUSAL) else family(self.config.model_type).ARCHITECTURE
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
@@ -90,29 +93,27 @@ class CausalLM(GenerationMixin, PreTrainedModel):
         computed as if it were alone. Gives `loss` (mean over predicted tokens, or their sum divided by
         `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
         `logits_to_keep` positions alone, if positive; beside a loss they are computed when somebody looks at
-        them) and `hidden_states` if asked.
+        them), and `hidden_states` and `attentions` if asked.
 
         Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise RequestError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None:
             raise RequestError("past_key_values is not supported by forward; model.generate keeps the cache")
-        if output_attentions:
-            raise RequestError("output_attentions is not supported: attention weights are never materialised")
-        if input_ids is not None:
-            self._check_ids(input_ids)
-        batch, padding = pack(input_ids, attention_mask, position_ids, inputs_embeds)
-        with self._collect(output_hidden_states) as states:
-            hidden = self.packed(self.decoder, batch)
+        found = self.encode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden, padding = found.hidden, found.padding
         kept, grid = (hidden, padding) if not logits_to_keep else padding.last(hidden, logits_to_keep)
         loss = logits = None
         if labels is not None:
-            if labels.shape != (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]:
-                raise RequestError(f"labels has shape {list(labels.shape)}; expected the shape of the inputs")
             if logits_to_keep:
                 raise RequestError("labels need every position's logits; leave logits_to_keep at 0")
-            targets = next_tokens(padding.pack(labels.to(hidden.device)), batch)
+            targets = next_tokens(token_labels(labels, found), found.batch)
             loss = self._loss(hidden, targets, num_items_in_batch)
             # A long batch's logits are large, and who trains seldom looks at them.
             logits = Later(lambda: grid.unpack(self.logits(kept)))
@@ -120,7 +121,7 @@ class CausalLM(GenerationMixin, PreTrainedModel):
             loss=loss,
             logits=grid.unpack(self.logits(kept)) if logits is None else logits,
             past_key_values=None,
-            hidden_states=tuple(padding.unpack(state) for state in states) or None,
+            **found.extras(),
         )
         return output if return_dict else output.to_tuple()
 
@@ -130,8 +131,7 @@ class CausalLM(GenerationMixin, PreTrainedModel):
         c, head = self.config, self.lm_head if self.lm_head is not None else self.model.embed_tokens
         watched = head._forward_hooks or head._forward_pre_hooks
         if watched or head.weight is None or head.weight.is_mkldnn:
-            losses = F.cross_entropy(self.logits(hidden), targets, reduction="sum")
-            return losses / ((targets != -100).sum() if items is None else items)
+            return token_loss(self.logits(hidden), targets, items)
         return linear_cross_entropy(
             hidden,
             head.weight,
@@ -146,37 +146,6 @@ class CausalLM(GenerationMixin, PreTrainedModel):
         super().prepare_inference()
         if self.lm_head is None and not self.training:
             self.model.embed_tokens.block()
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise RequestError(f"input_ids is {ids.dtype} {list(ids.shape)}; expected int64 [rows, width]")
-        # Looking at values on a GPU would wait for it; there the embedding kernel reports them itself.
-        if ids.device.type == "cpu" and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                row, column = (ids == bad).nonzero()[0].tolist()
-                raise RequestError(
-                    f"input_ids[{row}, {column}] is {bad}; the vocabulary has ids 0 to "
-                    f"{self.config.vocab_size - 1}: is the tokenizer the one of this model?"
-                )
-
-    @contextmanager
-    def _collect(self, wanted: bool) -> Iterator[list[Tensor]]:
-        """What enters each block, and what leaves the decoder, as they are computed."""
-        states: list[Tensor] = []
-        hooks = []
-        if wanted:
-            hooks = [
-                layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
-                for layer in self.model.layers
-            ]
-            hooks.append(self.model.register_forward_hook(lambda _m, _i, out: states.append(out)))
-        try:
-            yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def locate_nonfinite(self, batch: Batch) -> str:

@@ -1,6 +1,7 @@
 """The families: `models/<model_type>.py` is the whole registry, each with its `ARCHITECTURE` (transformers'
-class name), a `read` and `RULES`, or, where the files' layout depends on the config, `rules(config)`; and
-`MODULES`, the same for transformers' modules, where these have other names than its files."""
+class with the head it was trained with), a `read` and `RULES`, or, where the files' layout depends on the
+config, `rules(config)`; and `MODULES`, the same for transformers' modules, where these have other names than
+its files."""
 
 from __future__ import annotations
 
@@ -8,12 +9,17 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from taut.config import ModelConfig, Reader
 from taut.errors import ConfigError, nearest
 from taut.weights import Rule, apart
+
+# How class names of transformers end, and the kind of model that a family is whose `ARCHITECTURE` ends so.
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {"ForCausalLM": "decoder", "LMHeadModel": "decoder", "ForMaskedLM": "encoder"}
+)
 
 
 def families() -> list[str]:
@@ -36,13 +42,22 @@ def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelCo
     """The `ModelConfig` of a `config.json` (as a dict); `ConfigError` names the key that is wrong."""
     reader = Reader(data, source)
     module = family(reader.str("model_type"))
-    config = module.read(reader)
+    config = replace(module.read(reader), kind=kind(module))
     return config if config.architecture else replace(config, architecture=module.ARCHITECTURE)
 
 
-def architectures() -> dict[str, str]:
-    """Each family's class name in transformers, and the `model_type` it stands for."""
-    return {family(name).ARCHITECTURE: name for name in families()}
+def kind(module: ModuleType) -> str:
+    """The `ModelConfig.kind` of a family."""
+    return _KINDS[_suffix(module.ARCHITECTURE)]
+
+
+def stem(module: ModuleType) -> str:
+    """What the class names of a family begin with in transformers: `Llama`."""
+    return getattr(module, "STEM", None) or module.ARCHITECTURE.removesuffix(_suffix(module.ARCHITECTURE))
+
+
+def _suffix(architecture: str) -> str:
+    return next(suffix for suffix in _KINDS if architecture.endswith(suffix))
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:

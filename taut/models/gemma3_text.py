@@ -9,6 +9,7 @@ from taut.config import ModelConfig, Reader, Rope, activation, finish, rope, win
 from taut.models.llama import norm, pre_norm_layers, tied
 
 ARCHITECTURE = "Gemma3ForCausalLM"
+STEM = "Gemma3Text"  # of all its other classes
 
 RULES = ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,13 +72,15 @@ def choose(
     linears: Sequence[str],
     dtype: torch.dtype,
     *,
+    heads: Collection[str] = (),
     keep_blocks: bool,
 ) -> Choice:
     """The `Choice` for a model whose linear layers are `linears`, by the names of their matrices on disk.
 
-    `keep_blocks`: GGUF's 4- and 8-bit linear layers stay packed, where nothing else is asked for. Raises
-    `RequestError` where a packed checkpoint is asked for in another format or nothing can be packed, and
-    `ConfigError` or `CheckpointError` for a checkpoint's own quantization that is unknown or incomplete.
+    `heads`: modules that stay dense where the caller names none. `keep_blocks`: GGUF's 4- and 8-bit linear
+    layers stay packed, where nothing else is asked for. Raises `RequestError` where a packed checkpoint is
+    asked for in another format or nothing can be packed, and `ConfigError` or `CheckpointError` for a
+    checkpoint's own quantization that is unknown or incomplete.
     """
     own = checkpoint.config.get("quantization_config")
     if own is not None:
@@ -94,6 +96,8 @@ def choose(
             f"{checkpoint.path} is quantized already ({', '.join(sorted(blocks))}); quantizing it again to "
             f"{wanted.format} would only lose more: leave the option out, or start from the 16-bit model"
         )
+    if wanted.llm_int8_skip_modules is None and heads:
+        wanted = replace(wanted, llm_int8_skip_modules=list(heads))
     packed = [name for name in linears if not wanted.skips(name.removesuffix(".weight"))]
     if not packed:
         raise RequestError(

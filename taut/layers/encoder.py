@@ -1,0 +1,105 @@
+"""The stack of a text encoder, from token ids with their positions and features; what heads are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from taut.batch import Batch
+from taut.config import ModelConfig
+from taut.config import Transform as TransformConfig
+from taut.kernels.act import ACTIVATIONS
+from taut.layers.block import Stack
+from taut.layers.embedding import Embedding, PositionEmbedding
+from taut.layers.linear import Linear
+from taut.layers.norm import Norm
+
+
+class Encoder(Stack):
+    """The stack of a text encoder: `norm(word + position + features)`, projected to `dim`, and blocks.
+
+    With `pooler`, `pooled` gives a vector for each row as well.
+    """
+
+    def __init__(self, config: ModelConfig, *, pooler: bool = False, dtype: torch.dtype | None = None):
+        super().__init__(config, dtype=dtype)
+        self.pooler = None
+        if pooler and config.heads.pooler is not None:
+            self.pooler = Transform(config.heads.pooler, config.dim, config.dim, dtype=dtype)
+
+    def make_embedding(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
+        inner = config.embed_dim or config.dim
+        self.embed_tokens = Embedding(config.vocab_size, inner, scale=config.embed_scale, dtype=dtype)
+        self.embed_positions = (
+            PositionEmbedding(config.positions, inner, dtype=dtype) if config.positions is not None else None
+        )
+        columns = [table for features in config.features for table in features.tables]
+        self.embed_features = nn.ModuleDict(
+            {name: Embedding(count, inner, dtype=dtype) for name, count in dict(columns).items()}
+        )
+        self._columns = [name for name, _ in columns]
+        self.embed_layernorm = Norm(config.embed_norm, inner, dtype=dtype) if config.embed_norm else None
+        self.project_in = Linear(inner, config.dim, bias=True, dtype=dtype) if inner != config.dim else None
+
+    def embed(self, batch: Batch) -> Tensor:
+        x = self.embed_tokens(batch.ids) if batch.embeds is None else batch.embeds
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(batch)
+        for column, name in enumerate(self._columns):
+            table = self.embed_features[name]
+            x = x + (table.weight[0] if batch.features is None else table(batch.features[:, column]))
+        if self.embed_layernorm is not None:
+            x = self.embed_layernorm(x)
+        return x if self.project_in is None else self.project_in(x)
+
+
+class Transform(nn.Module):
+    """`norm(act(dense(x)))` on `[..., in_features]`, the norm where there is one."""
+
+    def __init__(
+        self, config: TransformConfig, in_features: int, out: int, *, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.config = config
+        self.dense = Linear(in_features, out, bias=config.bias, dtype=dtype)
+        self.layer_norm = Norm(config.norm, out, dtype=dtype) if config.norm is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ACTIVATIONS[self.config.act](self.dense(x))
+        return y if self.layer_norm is None else self.layer_norm(y)
+
+
+class Classifier(Transform):
+    """A score for each label, `[..., dim] -> [..., labels]`, of what a transform makes of its input."""
+
+    def __init__(self, config: TransformConfig, dim: int, labels: int, *, dtype: torch.dtype | None = None):
+        super().__init__(config, dim, dim, dtype=dtype)
+        self.out_proj = Linear(dim, labels, bias=True, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_proj(super().forward(x))
+
+
+def classifier(
+    config: TransformConfig | None, dim: int, labels: int, *, bias: bool = True, dtype: torch.dtype | None
+) -> nn.Module:
+    """A `Classifier`, or where nothing stands before it the product alone."""
+    if config is None:
+        return Linear(dim, labels, bias=bias, dtype=dtype)
+    return Classifier(config, dim, labels, dtype=dtype)
+
+
+def pool(hidden: Tensor, batch: Batch, how: str) -> Tensor:
+    """One vector for each row, `[tokens, dim] -> [rows, dim]`: that of its "first" or "last" token, or their
+    "mean"; zeros for a row without tokens."""
+    counts = batch.starts.diff()
+    if how == "mean":
+        row = torch.repeat_interleave(counts.long(), output_size=batch.tokens)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        sums = hidden.new_zeros(batch.rows, hidden.shape[-1], dtype=wide).index_add_(0, row, hidden.to(wide))
+        return (sums / counts.clamp(min=1)[:, None]).to(hidden.dtype)
+    at = batch.starts[:-1] if how == "first" else batch.starts[1:] - 1
+    if batch.tokens == 0:
+        return hidden.new_zeros(batch.rows, hidden.shape[-1])
+    vectors = hidden.index_select(0, at.clamp(0, batch.tokens - 1).long())
+    return torch.where(counts[:, None] > 0, vectors, vectors.new_zeros(()))

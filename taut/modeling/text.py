@@ -1,0 +1,186 @@
+"""`TextModel`: the Hugging Face-shaped door around a packed decoder or encoder, which text models share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taut.batch import Batch, Padding, pack
+from taut.config import ModelConfig
+from taut.errors import RequestError
+from taut.kernels.attention import attention_weights
+from taut.layers.block import Decoder
+from taut.layers.encoder import Encoder
+from taut.modeling.base import PreTrainedModel
+
+
+@dataclass
+class Encoded:
+    """What a model's stack made of one call: `hidden` `[tokens, dim]`, where its tokens stand, and on request
+    the hidden states around its blocks and the weights of its attention."""
+
+    batch: Batch
+    padding: Padding
+    hidden: Tensor
+    states: list[Tensor] = field(default_factory=list)
+    weights: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+    def extras(self) -> dict[str, Any]:
+        """`hidden_states`, one `[rows, width, dim]` before each block and one at the end, and `attentions`,
+        one `[rows, heads, width, width]` a block; zeros at padding, None where not asked for."""
+        return {
+            "hidden_states": tuple(self.padding.unpack(state) for state in self.states) or None,
+            "attentions": tuple(self._grid(rows) for rows in self.weights) or None,
+        }
+
+    def _grid(self, rows: tuple[Tensor, ...]) -> Tensor:
+        """One block's weights in the padded shape."""
+        grid, bounds = self.padding, self.batch.starts.tolist()
+        index = torch.arange(self.batch.tokens) if grid.index is None else grid.index.cpu()
+        whole = self.hidden.new_zeros(grid.rows, rows[0].shape[0] if rows else 0, grid.width, grid.width)
+        spans = [(begin, end) for begin, end in pairwise(bounds) if begin < end]
+        for (begin, end), weights in zip(spans, rows, strict=True):
+            row, columns = int(index[begin]) // grid.width, index[begin:end] % grid.width
+            columns = columns.to(whole.device)
+            whole[row, :, columns[:, None], columns] = weights.to(whole.dtype)
+        return whole
+
+
+class TextModel(PreTrainedModel):
+    """A packed decoder or encoder, `model`, behind a padded door; a subclass adds its head."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+        super().__init__(config)
+        if config.kind == "encoder":
+            self.model = Encoder(config, pooler=self.suffix in config.heads.pooled, dtype=dtype)
+        else:
+            self.model = Decoder(config, dtype=dtype)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        features: Mapping[str, Tensor | None] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Encoded:
+        """Pack a padded batch and run the stack over it.
+
+        `input_ids` `[rows, width]` int64 or `inputs_embeds` `[rows, width, dim]`; `attention_mask`
+        `[rows, width]` with padding anywhere; `position_ids` `[rows, width]` that may restart to mark packed
+        sequences; `features`: what comes with each token, `[rows, width]` (`bbox`: `[rows, width, 4]`), by
+        the name of its argument. Raises `RequestError` for shapes that don't match and, on a CPU, for values
+        that no table has.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise RequestError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is not None:
+            self._check_ids(input_ids)
+        grid = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        encoder = isinstance(self.model, Encoder)
+        if position_ids is not None and encoder and self.config.positions is not None:
+            position_ids = position_ids - self.config.positions.offset  # encoders' are rows of the table
+        columns = self._columns(features or {}, grid)
+        batch, padding = pack(input_ids, attention_mask, position_ids, inputs_embeds, columns)
+        found = Encoded(batch, padding, batch.positions)
+        collected = attention_weights() if output_attentions else nullcontext([])
+        with self._collect(bool(output_hidden_states)) as found.states, collected as found.weights:
+            found.hidden = self.model(batch) if output_attentions else self.packed(self.model, batch)
+        return found
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise RequestError(f"input_ids is {ids.dtype} {list(ids.shape)}; expected int64 [rows, width]")
+        if (bad := _outside(ids, self.config.vocab_size)) is not None:
+            at, value = bad
+            raise RequestError(
+                f"input_ids{at} is {value}; the vocabulary has ids 0 to "
+                f"{self.config.vocab_size - 1}: is the tokenizer the one of this model?"
+            )
+
+    def _columns(self, given: Mapping[str, Tensor | None], grid: torch.Size) -> Tensor | None:
+        """The features of each token as the model's tables take them, `[rows, width, features]`; None where
+        nothing is given."""
+        given = {name: value for name, value in given.items() if value is not None}
+        known = {features.given: features.tables for features in self.config.features}
+        if (odd := next((name for name in given if name not in known), None)) is not None:
+            has = f"takes {', '.join(known)}" if known else "takes nothing of the kind"
+            raise RequestError(f"{odd} is given, and a {self.config.model_type} {has}; leave it out")
+        if not given:
+            return None
+        device = next(iter(given.values())).device
+        columns = []
+        for name, tables in known.items():
+            value = given.get(name)
+            if value is None:
+                columns.append(torch.zeros(*grid, len(tables), dtype=torch.int64, device=device))
+                continue
+            shape = (*grid, 4) if name == "bbox" else grid
+            if value.shape != shape or value.is_floating_point():
+                raise RequestError(
+                    f"{name} is {value.dtype} {list(value.shape)}; expected int64 {list(shape)}, one a token"
+                )
+            value = _edges(value) if name == "bbox" else value[..., None]
+            for column, (table, count) in enumerate(tables):
+                if (bad := _outside(value[..., column], count)) is not None:
+                    at, wrong = bad
+                    raise RequestError(
+                        f"{name}: {wrong} at {at} is not a row of {table}, which has 0 to {count - 1}"
+                    )
+            columns.append(value.to(torch.int64))
+        return torch.cat(columns, -1)
+
+    @contextmanager
+    def _collect(self, wanted: bool) -> Iterator[list[Tensor]]:
+        """What enters each block, and what leaves the stack, as they are computed."""
+        states: list[Tensor] = []
+        hooks = []
+        if wanted:
+            hooks = [
+                layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
+                for layer in dict.fromkeys(self.model.layers)
+            ]
+            hooks.append(self.model.register_forward_hook(lambda _m, _i, out: states.append(out)))
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def token_labels(labels: Tensor, encoded: Encoded) -> Tensor:
+    """`labels` `[rows, width]` of each token, `[tokens]`, on the device of the hidden states."""
+    grid = encoded.padding
+    if labels.shape != (grid.rows, grid.width):
+        raise RequestError(f"labels has shape {list(labels.shape)}; expected the shape of the inputs")
+    return grid.pack(labels.to(encoded.hidden.device))
+
+
+def _edges(bbox: Tensor) -> Tensor:
+    """`[..., (x0, y0, x1, y1)]` -> `[..., (x0, y0, x1, y1, height, width)]`."""
+    x0, y0, x1, y1 = bbox.unbind(-1)
+    return torch.stack((x0, y0, x1, y1, y1 - y0, x1 - x0), -1)
+
+
+def _outside(ids: Tensor, count: int) -> tuple[list[int], int] | None:
+    """Where and what the first id is that a table of `count` rows hasn't; None too on a GPU, where looking
+    would wait for it: there the lookup itself reports it."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return None
+    low, high = int(ids.min()), int(ids.max())
+    if low >= 0 and high < count:
+        return None
+    value = low if low < 0 else high
+    return (ids == value).nonzero()[0].tolist(), value

@@ -1,0 +1,113 @@
+"""BERT, and what encoders like it share: post-norm blocks over learned positions and token types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taut.config import (
+    Attn,
+    Features,
+    Heads,
+    Layer,
+    Mlp,
+    ModelConfig,
+    Norm,
+    Positions,
+    Reader,
+    Transform,
+    activation,
+    finish,
+)
+from taut.weights import Rename, Rule, renames
+
+ARCHITECTURE = "BertForMaskedLM"
+
+# Buffers, the tied matrix under a name of its own, and the head that says which sentences are neighbours.
+IGNORED = ("*.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*")
+
+
+def body(prefix: str) -> tuple[Rule, ...]:
+    """The names of embeddings and blocks, inside `prefix`."""
+    return (
+        *renames(
+            "model",
+            {
+                "embeddings.word_embeddings": "embed_tokens",
+                "embeddings.position_embeddings": "embed_positions",
+                "embeddings.token_type_embeddings": "embed_features.token_type_embeddings",
+                "embeddings.LayerNorm": "embed_layernorm",
+                "encoder.layer.{}": "layers.{}",
+            },
+        ),
+        *renames(
+            "model.encoder.layer.{}",
+            {
+                "attention.self.query": "self_attn.q_proj",
+                "attention.self.key": "self_attn.k_proj",
+                "attention.self.value": "self_attn.v_proj",
+                "attention.output.dense": "self_attn.o_proj",
+                "attention.output.LayerNorm": "after_attention_layernorm",
+                "intermediate.dense": "mlp.up_proj",
+                "output.dense": "mlp.down_proj",
+                "output.LayerNorm": "after_feedforward_layernorm",
+            },
+        ),
+        Rename(prefix, "model"),
+    )
+
+
+# The head of masked tokens.
+MASKED = (
+    Rename("cls.predictions.transform.dense", "lm_head.dense"),
+    Rename("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
+    Rename("cls.predictions.bias", "lm_head.bias"),
+)
+RULES = (*body("bert"), *MASKED)
+
+
+def read(r: Reader) -> ModelConfig:
+    return encoder(r)
+
+
+def encoder(
+    r: Reader, *, positions: Positions | None = None, features: tuple[Features, ...] = (), **changes: Any
+) -> ModelConfig:
+    """A BERT's config. `features` come with each token beside its type; `changes` are to `ModelConfig`."""
+    r.only("is_decoder", False)
+    r.only("position_embedding_type", "absolute")
+    r.only("tie_word_embeddings", True)
+    r.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "gradient_checkpointing")
+    act = activation(r, "hidden_act", default="gelu")
+    norm = layer_norm(r)
+    types = (Features("token_type_ids", (("token_type_embeddings", r.int("type_vocab_size", 2)),)),)
+    fields = {
+        "positions": positions or Positions(r.int("max_position_embeddings", 512)),
+        "features": (*types, *features),
+        "embed_norm": norm,
+        "heads": Heads(pooler=Transform("tanh"), masked=Transform(act, norm)),
+        "tied": True,
+    }
+    return finish(r, layers=post_norm_layers(r, act), norm=None, **(fields | changes))
+
+
+def layer_norm(r: Reader) -> Norm:
+    return Norm(r.float("layer_norm_eps", 1e-12), kind="layer", bias=True)
+
+
+def post_norm_layers(r: Reader, act: str, norm: Norm | None = None) -> list[Layer]:
+    """Blocks that see the whole row, with biases everywhere and a norm behind each half."""
+    dim, heads = r.int("hidden_size"), r.divisor("num_attention_heads", r.int("hidden_size"))
+    attn = Attn(
+        heads=heads,
+        kv_heads=heads,
+        head_dim=dim // heads,
+        scale=(dim // heads) ** -0.5,
+        rope=None,
+        qkv_bias=True,
+        out_bias=True,
+        causal=False,
+    )
+    mlp = Mlp(r.int("intermediate_size"), act, bias=True, gated=False)
+    norm = norm or layer_norm(r)
+    layer = Layer(attn, mlp, pre_attn=None, pre_mlp=None, after_attn=norm, after_mlp=norm)
+    return [layer] * r.int("num_hidden_layers")
