@@ -66,6 +66,15 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class KeyRows:
+    """Where the rows of keys begin and end if they aren't those of the queries (cross-attention): `starts`
+    `[rows + 1]` int32 their boundaries, `longest` the longest on the host."""
+
+    starts: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
 class Call:
     """What candidates decide by: `rows` of at most `longest` queries, all of them in `q` `[tokens, heads,
     head_dim]`; the rest as `attention` takes it. `kv_heads` None: as many as there are heads."""
@@ -76,6 +85,7 @@ class Call:
     scoring: Scoring
     pages: Pages | None = None
     kv_heads: int | None = None
+    key_rows: KeyRows | None = None
 
     @property
     def even(self) -> bool:
@@ -102,19 +112,22 @@ def attention(
     scoring: Scoring,
     pages: Pages | None = None,
     only: tuple[str, ...] | None = None,
+    key_rows: KeyRows | None = None,
 ) -> Tensor:
     """Attention of packed queries, by the first candidate that takes the call.
 
     `q` `[tokens, heads, head_dim]`; `starts` `[rows + 1]` the row boundaries; keys are `k`, `v`
-    `[tokens, kv_heads, head_dim]`, or those in `pages`. Query head h reads key head
-    `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`. `only` names the candidates allowed;
-    `taut.attention_kernel` and PyTorch's `sdpa_kernel` restrict them as well. Where none is left, the
-    `RequestError` lists each with its reason.
+    `[tokens, kv_heads, head_dim]`, with the same boundaries or those of `key_rows`, or they are those in
+    `pages`. Query head h reads key head `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`; a query
+    whose row has no keys gives zeros. `only` names the candidates allowed; `taut.attention_kernel` and
+    PyTorch's `sdpa_kernel` restrict them as well. Where none is left, the `RequestError` lists each with its
+    reason.
     """
-    call = Call(q, starts.shape[0] - 1, longest, scoring, pages, None if k is None else k.shape[1])
+    kv_heads = None if k is None else k.shape[1]
+    call = Call(q, starts.shape[0] - 1, longest, scoring, pages, kv_heads, key_rows)
     for name, candidate in CANDIDATES.items():
         if _refusal(name, candidate, call, only) is None:
-            return candidate.run(q, k, v, starts, longest, scoring, pages)
+            return candidate.run(q, k, v, starts, longest, scoring, pages, key_rows)
     reasons = [f"{name}: {why}" for name, why in explain(call, only)]
     raise RequestError("no attention implementation is left: " + "; ".join(reasons))
 
@@ -186,16 +199,23 @@ def _refusal(name: str, candidate: Candidate, call: Call, only: tuple[str, ...] 
 
 
 def _rows(
-    q: Tensor, k: Tensor | None, v: Tensor | None, starts: Tensor, pages: Pages | None
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    starts: Tensor,
+    pages: Pages | None,
+    key_rows: KeyRows | None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each row's queries, keys and values."""
     bounds = starts.tolist()
+    key_bounds = bounds if key_rows is None else key_rows.starts.tolist()
     lengths = pages.lengths.tolist() if pages is not None else None
     for row, (begin, end) in enumerate(pairwise(bounds)):
         if begin == end:
             continue
         if pages is None:
-            yield q[begin:end], k[begin:end], v[begin:end]
+            own = slice(key_bounds[row], key_bounds[row + 1])
+            yield q[begin:end], k[own], v[own]
         else:
             yield q[begin:end], *pages.row(row, lengths[row])
 
@@ -228,20 +248,27 @@ def _relative(queries: int, keys: int, table: Tensor) -> Tensor:
     return table[:, (at - at[keys - queries :, None]).clamp(-reach, reach) + reach]
 
 
-def _reference(q, k, v, starts, longest, scoring, pages):
+def _bias(queries: int, keys: int, scoring: Scoring) -> Tensor | None:
+    """What is added to the scores, `[heads, queries, keys]`, or None."""
+    bias = None if scoring.slopes is None else _alibi(queries, keys, scoring.slopes)
+    if scoring.relative is not None:
+        relative = _relative(queries, keys, scoring.relative)
+        bias = relative if bias is None else bias + relative
+    return bias
+
+
+def _reference(q, k, v, starts, longest, scoring, pages, key_rows):
     """The definition of right: one row at a time, scores in float32 (float64 for float64 input)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // (k if pages is None else pages.keys).shape[-2]
     out, weights = [], []
-    for qr, kr, vr in _rows(q, k, v, starts, pages):
+    for qr, kr, vr in _rows(q, k, v, starts, pages, key_rows):
         kr, vr = (t.to(wide).repeat_interleave(group, 1) for t in (kr, vr))
         scores = torch.einsum("qhd,khd->hqk", qr.to(wide), kr) * scoring.scale
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-        if scoring.slopes is not None:
-            scores = scores + _alibi(len(qr), len(kr), scoring.slopes).to(wide)
-        if scoring.relative is not None:
-            scores = scores + _relative(len(qr), len(kr), scoring.relative).to(wide)
+        if (bias := _bias(len(qr), len(kr), scoring)) is not None:
+            scores = scores + bias.to(wide)
         if (seen := _visible(len(qr), len(kr), scoring, q.device)) is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         shares = scores.softmax(-1)
@@ -253,20 +280,21 @@ def _reference(q, k, v, starts, longest, scoring, pages):
     return torch.cat(out) if out else q.new_zeros(q.shape)
 
 
-def _sdpa(q, k, v, starts, longest, scoring, pages):
+def _sdpa(q, k, v, starts, longest, scoring, pages, key_rows):
     """PyTorch's scaled_dot_product_attention: rows of one length in one call, otherwise row by row."""
-    rows = starts.shape[0] - 1
+    rows, keys = starts.shape[0] - 1, longest if key_rows is None else key_rows.longest
     if q.shape[0] == 0:
         return torch.zeros_like(q)
     if pages is not None and longest == 1 and q.shape[0] == rows:
         return _sdpa_one_query(q, scoring, pages)
-    if pages is None and q.shape[0] == rows * longest:
-        q, k, v = (t.unflatten(0, (rows, longest)) for t in (q, k, v))
+    if pages is None and q.shape[0] == rows * longest and k.shape[0] == rows * keys:
+        q = q.unflatten(0, (rows, longest))
+        k, v = (t.unflatten(0, (rows, keys)) for t in (k, v))
         return _sdpa_dense(q, k, v, scoring).flatten(0, 1)
     return torch.cat(
         [
             _sdpa_dense(qr[None], kr[None], vr[None], scoring)[0]
-            for qr, kr, vr in _rows(q, k, v, starts, pages)
+            for qr, kr, vr in _rows(q, k, v, starts, pages, key_rows)
         ]
     )
 
@@ -275,10 +303,10 @@ def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """`q` `[rows, queries, heads, head_dim]`, `k`, `v` `[rows, keys, kv_heads, head_dim]` -> like q."""
     queries, keys = q.shape[1], k.shape[1]
     whole = scoring.window is None or scoring.window >= keys
-    triangle = scoring.causal and whole and queries == keys and scoring.slopes is None
+    plain = scoring.slopes is None and scoring.relative is None
+    triangle = scoring.causal and whole and queries == keys and plain
     mask = None if triangle else _visible(queries, keys, scoring, q.device)
-    if scoring.slopes is not None:
-        bias = _alibi(queries, keys, scoring.slopes)
+    if (bias := _bias(queries, keys, scoring)) is not None:
         mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(
@@ -314,29 +342,39 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
         q, k, v = q.float(), k.float(), v.float()
     bias = None
     # On a GPU `longest` may be a bound that a graph was made for, so that even one row needs its mask.
-    if rows > 1 or q.is_cuda or scoring.slopes is not None or scoring.window is not None:
+    biased = scoring.slopes is not None or scoring.relative is not None
+    if rows > 1 or q.is_cuda or biased or scoring.window is not None:
         # Keys before the query (`behind` 0 is the query's own): [rows, keys]
         behind = pages.lengths[:, None] - 1 - torch.arange(pages.longest, device=q.device)
         seen = behind >= 0
         if scoring.window is not None:
             seen &= behind < scoring.window
-        bias = seen[:, None, None]
-        if scoring.slopes is not None:
-            slope = scoring.slopes.to(torch.promote_types(scoring.slopes.dtype, torch.float32))
-            bias = slope.view(kv_heads, -1, 1) * -behind[:, None, None]
-            bias = bias.masked_fill(~seen[:, None, None], float("-inf")).to(q.dtype)
+        seen = bias = seen[:, None, None]
+        if biased:
+            bias = _bias_of_last(behind, kv_heads, scoring).masked_fill(~seen, float("-inf")).to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.view(rows, kv_heads, heads // kv_heads, dim), k, v, bias, scale=scoring.scale
     )
     return out.reshape(rows, heads, dim).to(kind)
 
 
-def _sdpa_refuses(call: Call) -> str | None:
-    scoring = call.scoring
-    if scoring.softcap is not None:
-        return f"scaled_dot_product_attention has no soft-cap (asked: {scoring.softcap})"
+def _bias_of_last(behind: Tensor, kv_heads: int, scoring: Scoring) -> Tensor:
+    """What is added to the scores of each row's last query, `[rows, kv_heads, group, keys]`; `behind`
+    `[rows, keys]` is query position - key position."""
+    bias = behind.new_zeros((), dtype=torch.float32)
+    if scoring.slopes is not None:
+        slope = scoring.slopes.to(torch.promote_types(scoring.slopes.dtype, torch.float32))
+        bias = slope.view(kv_heads, -1, 1) * -behind[:, None, None]
     if scoring.relative is not None:
-        return "scaled_dot_product_attention takes a relative bias only as a whole mask"
+        reach = scoring.relative.shape[1] // 2
+        relative = scoring.relative[:, (-behind).clamp(-reach, reach) + reach]  # [heads, rows, keys]
+        bias = bias + relative.transpose(0, 1).unflatten(1, (kv_heads, -1))
+    return bias
+
+
+def _sdpa_refuses(call: Call) -> str | None:
+    if call.scoring.softcap is not None:
+        return f"scaled_dot_product_attention has no soft-cap (asked: {call.scoring.softcap})"
     return None
 
 
@@ -348,11 +386,12 @@ def _flash_refuses(call: Call) -> str | None:
     return why_not(call.q, call.scoring)
 
 
-def _flash(q, k, v, starts, longest, scoring, pages):
+def _flash(q, k, v, starts, longest, scoring, pages, key_rows):
     """Taut's FlashAttention over packed rows; see `kernels.flash`."""
     from taut.kernels.flash import flash_attention
 
-    return flash_attention(q, k, v, starts, longest, scoring, pages)
+    key_starts = None if key_rows is None else key_rows.starts
+    return flash_attention(q, k, v, starts, longest, scoring, pages, key_starts)
 
 
 def _paged_refuses(call: Call) -> str | None:
@@ -363,7 +402,7 @@ def _paged_refuses(call: Call) -> str | None:
     return refuses(call.q, call.longest, call.scoring, call.pages)
 
 
-def _paged(q, k, v, starts, longest, scoring, pages):
+def _paged(q, k, v, starts, longest, scoring, pages, key_rows):
     """Taut's decode attention, split over the keys; see `kernels.paged_triton`."""
     from taut.kernels.paged_triton import paged_attention
 
@@ -382,8 +421,8 @@ def _cudnn_refuses(call: Call) -> str | None:
         return f"takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
     if call.pages is not None:
         return "takes no keys from cache pages"
-    if not call.even:
-        return "wants rows of one length"
+    if not call.even or call.key_rows is not None:
+        return "wants rows of one length, the same for queries and keys"
     extra = {"window": scoring.window, "softcap": scoring.softcap, "ALiBi": scoring.slopes}
     extra |= {"relative bias": scoring.relative}
     if (odd := next((name for name, value in extra.items() if value is not None), None)) is not None:
@@ -397,7 +436,7 @@ def _cudnn_refuses(call: Call) -> str | None:
     return None
 
 
-def _cudnn(q, k, v, starts, longest, scoring, pages):
+def _cudnn(q, k, v, starts, longest, scoring, pages, key_rows):
     """cuDNN's attention, through PyTorch: for rows of one length."""
     q, k, v = (t.unflatten(0, (-1, longest)).transpose(1, 2) for t in (q, k, v))
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from taut.errors import RequestError
-from taut.kernels.attention import CANDIDATES, Call, Pages, Scoring, attention
+from taut.kernels.attention import CANDIDATES, Call, KeyRows, Pages, Scoring, attention
 
 ROWS = (5, 1, 0, 17, 8)
+# A bias for each head and distance up to 6: less than the longest row has.
+TABLE = torch.randn(6, 13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 SCORINGS = {
     "causal": Scoring(0.3),
     "full": Scoring(0.3, causal=False),
@@ -21,6 +24,8 @@ SCORINGS = {
     "softcap": Scoring(0.9, softcap=0.7),
     "alibi": Scoring(0.3, slopes=torch.tensor([0.5, 0.25, 0.125, 0.1, 0.01, 1.0], dtype=torch.float64)),
     "alibi-window": Scoring(0.3, window=6, slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64)),
+    "relative": Scoring(0.3, relative=TABLE),
+    "full-relative": Scoring(0.3, causal=False, relative=TABLE),
     "everything": Scoring(1.1, window=7, softcap=1.3, slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64)),
 }
 
@@ -42,6 +47,8 @@ def defined(q, k, v, s: Scoring):
                     score = s.softcap * torch.tanh(score / s.softcap)
                 if s.slopes is not None:
                     score = score + s.slopes[h] * (j - at)
+                if s.relative is not None:
+                    score = score + s.relative[h, min(max(j - at, -6), 6) + 6]
                 scores.append(score)
                 values.append(v[j, h // group])
             out[i, h] = torch.stack(scores).softmax(0) @ torch.stack(values)
@@ -70,18 +77,73 @@ def skip_what_it_refuses(name: str, q: torch.Tensor, scoring: Scoring) -> None:
 @pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_own_keys_forward_and_backward(name, scoring, kv_heads):
-    q, k, v = draw(kv_heads, requires_grad=True)
+    q, k, v = inputs = [*draw(kv_heads, requires_grad=True)]
     skip_what_it_refuses(name, q, scoring)
+    if scoring.relative is not None:
+        inputs.append(scoring.relative.clone().requires_grad_())
+        scoring = replace(scoring, relative=inputs[-1])
     starts = bounds(ROWS)
     out = attention(q, k, v, starts, max(ROWS), scoring, only=(name,))
     cut = starts.tolist()
     want = torch.cat([defined(q[a:b], k[a:b], v[a:b], scoring) for a, b in itertools.pairwise(cut)])
     assert (out - want).abs().max() < 1e-10
     weight = torch.randn_like(want)
-    got = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    expected = torch.autograd.grad((want * weight).sum(), (q, k, v))
+    got = torch.autograd.grad((out * weight).sum(), inputs)
+    expected = torch.autograd.grad((want * weight).sum(), inputs)
     for one, other in zip(got, expected, strict=True):
         assert (one - other).abs().max() < 1e-9
+
+
+# Rows of queries and of the keys they see: uneven, without either, and of one length each.
+CROSSED = {
+    "uneven": ((5, 1, 0, 3, 2, 1), (4, 19, 2, 0, 1, 8)),
+    "even": ((3, 3), (7, 7)),
+    "even-queries": ((2, 2, 2), (3, 5, 1)),
+    "decode": ((1, 1, 1), (9, 1, 17)),
+    "decode-one-row": ((1,), (6,)),
+}
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["own", "pages"])
+@pytest.mark.parametrize("counts", CROSSED.values(), ids=CROSSED)
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_keys_in_rows_of_their_own(name, counts, paged):
+    """Cross-attention, forward and backward; from pages, their order and what lies between is poison."""
+    queries, keys = counts
+    scoring, generator = Scoring(0.4, causal=False), torch.Generator().manual_seed(5)
+
+    def rows(count: int, heads: int) -> torch.Tensor:
+        return torch.randn(count, heads, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = rows(sum(queries), 6), rows(sum(keys), 2), rows(sum(keys), 2)
+    starts, key_starts = bounds(queries), bounds(keys)
+    want = torch.cat(
+        [
+            defined(q[a:b], k[c:d], v[c:d], scoring) if d > c else torch.zeros_like(q[a:b])
+            for (a, b), (c, d) in zip(
+                itertools.pairwise(starts.tolist()), itertools.pairwise(key_starts.tolist()), strict=True
+            )
+        ]
+    )
+    if not paged:
+        crossed = KeyRows(key_starts, max(keys))
+        out = attention(q, k, v, starts, max(queries), scoring, only=(name,), key_rows=crossed)
+        weight = torch.randn_like(want)
+        got = torch.autograd.grad((out * weight).sum(), (q, k, v))
+        expected = torch.autograd.grad((want * weight).sum(), (q, k, v))
+        for one, other in zip(got, expected, strict=True):
+            assert (one - other).abs().max() < 1e-9
+    else:
+        cache = torch.full((2, 40, 4, 2, 8), 7e5, dtype=torch.float64)
+        order = torch.randperm(40, generator=generator)
+        table = order[: 6 * len(keys)].view(len(keys), 6).int()
+        for row, (begin, end) in enumerate(itertools.pairwise(key_starts.tolist())):
+            at = torch.arange(end - begin)
+            slots = table[row].long()[at // 4] * 4 + at % 4
+            cache.flatten(1, 2)[:, slots] = torch.stack((k[begin:end], v[begin:end])).detach()
+        pages = Pages(cache[0], cache[1], table, torch.tensor(keys, dtype=torch.int32), max(keys))
+        out = attention(q.detach(), None, None, starts, max(queries), scoring, pages, only=(name,))
+    assert (out - want).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("new", [None, 1], ids=["chunks", "decode"])
