@@ -24,9 +24,12 @@ def _find(x, flags, rows, inputs, threshold, ROWS: tl.constexpr, BLOCK: tl.const
     """Set the flags `[inputs]` of columns in which some value reaches the threshold."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     most = tl.zeros([BLOCK], tl.float32)
-    for row in range(tl.program_id(1) * ROWS, tl.minimum(tl.program_id(1) * ROWS + ROWS, rows)):
-        v = tl.load(x + tl.cast(row, tl.int64) * inputs + k, mask=k < inputs, other=0.0)
-        most = tl.maximum(most, tl.abs(v.to(tl.float32)))
+    first = tl.program_id(1) * ROWS
+    for start in range(first, tl.minimum(first + ROWS, rows), 16):
+        row = start + tl.arange(0, 16)
+        inside = (row < rows)[:, None] & (k < inputs)[None, :]
+        v = tl.load(x + row.to(tl.int64)[:, None] * inputs + k[None, :], mask=inside, other=0.0)
+        most = tl.maximum(most, tl.max(tl.abs(v.to(tl.float32)), 0))
     tl.atomic_or(flags + k, 1, mask=(k < inputs) & (most >= threshold))
 
 
@@ -202,10 +205,10 @@ def product(
         found = torch.empty(inputs + 1, dtype=torch.int32, device=x.device)
         strip = torch.empty(rows, CAPACITY, dtype=x.dtype, device=x.device)
         weight_strip = torch.empty(weight.shape[0], CAPACITY, dtype=x.dtype, device=x.device)
-        across = triton.cdiv(inputs, 512)
-        some = max(16, triton.cdiv(rows * across, 8 * multiprocessors(x.device)))  # rows a program
+        across = triton.cdiv(inputs, 256)
+        some = 16 * triton.cdiv(rows * across, 16 * 8 * multiprocessors(x.device))  # rows a program
         _find[(across, triton.cdiv(rows, some))](
-            x, flags, rows, inputs, threshold, ROWS=some, BLOCK=512, num_warps=2
+            x, flags, rows, inputs, threshold, ROWS=some, BLOCK=256, num_warps=4
         )
         _list[(1,)](flags, found, inputs, BLOCK=block, num_warps=8)
         _gather[(triton.cdiv(weight.shape[0], 32),)](

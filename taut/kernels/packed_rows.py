@@ -320,6 +320,22 @@ def _product(
         row = gl.minimum(quad + 8 * i, rows - 1).to(gl.int64)
         sources += ((x + row * inputs + part * 16).to(gl.int64),)
 
+    factors = ()
+    if BITS == 4:
+        for i in gl.static_range(2 * TILES):
+            some_scales = _scales(
+                scales, table, nested, offset, blocks[i], run, begin < end, BLOCK, DOUBLE, AHEAD, WHOLE
+            )
+            factors += (some_scales,)
+    # Loads come back in order: x would wait for the codes that were asked for before it. So it is loaded with
+    # them, a run ahead, where there are registers for it.
+    x_ahead = ()
+    if COLUMNS <= 2:
+        for i in gl.static_range(AHEAD):
+            some_x = ()
+            for column in gl.static_range(COLUMNS):
+                some_x += (_of_x(sources[column] + run.to(gl.int64) * (2 * STEP), i),)
+            x_ahead += (some_x,)
     zero = gl.zeros([THREADS], gl.float32, L)
     nothing = (zero, zero, zero, zero)
     sums = ()
@@ -329,28 +345,26 @@ def _product(
         first_step = begin + start
         following = gl.minimum(first_step + AHEAD, many - AHEAD)
         some = first_step < end
-        factors = ()
+        x_at = run.to(gl.int64) * (2 * STEP)
+        next_x = following.to(gl.int64) * (2 * STEP)
+        new_factors = ()
         if BITS == 4:
             for i in gl.static_range(2 * TILES):
+                real = first_step + AHEAD < end
                 some_scales = _scales(
-                    scales, table, nested, offset, blocks[i], run, some, BLOCK, DOUBLE, AHEAD, WHOLE
+                    scales, table, nested, offset, blocks[i], following, real, BLOCK, DOUBLE, AHEAD, WHOLE
                 )
-                factors += (some_scales,)
-        x_at = run.to(gl.int64) * (2 * STEP)
+                new_factors += (some_scales,)
         codes_at = following.to(gl.int64) * (STEP * BITS // 8)
         for i in gl.static_range(AHEAD):
             real = some if WHOLE else (run + i >= first_step) & (run + i < end)
-            if COLUMNS <= 2:
-                rows_of_x = ()
-                for column in gl.static_range(COLUMNS):
-                    rows_of_x += (_of_x(sources[column] + x_at, i),)
             now = ahead[i]
             operands = ()
             for tile in gl.static_range(TILES):
                 operands += (_operands(now, words, tile, BITS, DECODER),)
             new = ()
             for column in gl.static_range(COLUMNS):
-                v = rows_of_x[column] if COLUMNS <= 2 else _of_x(sources[column] + x_at, i)
+                v = x_ahead[i][column] if COLUMNS <= 2 else _of_x(sources[column] + x_at, i)
                 if BITS == 8 or not WHOLE:
                     v = _where(real, v)
                 for tile in gl.static_range(TILES):
@@ -365,7 +379,13 @@ def _product(
                     new += (made,)
             sums = new
             ahead = ahead[:i] + (_codes(bases, codes_at, BITS, TILES, i),) + ahead[i + 1 :]  # noqa: RUF005
+            if COLUMNS <= 2:
+                some_x = ()
+                for column in gl.static_range(COLUMNS):
+                    some_x += (_of_x(sources[column] + next_x, i),)
+                x_ahead = x_ahead[:i] + (some_x,) + x_ahead[i + 1 :]  # noqa: RUF005
         run = following
+        factors = new_factors
 
     # Sums of the warps that shared the inputs are added up, always in the same order: [sums, WN, WK, 32].
     SUMS: gl.constexpr = 4 * COLUMNS * TILES // HALVES  # a thread's, of each half
@@ -428,8 +448,8 @@ def cut_of(rows: int, outputs: int, inputs: int, gated: bool, bits: int, device:
     if rows > 16:
         return Cut(2, 2, 1, 8 if few and rows <= 32 else 4, 1)
     if gated:
-        return Cut(2, 4, 1, 4, 1)
-    return Cut(1, 2, 1, 8, 1) if few else Cut(1, 4, 2, 4, 1)
+        return Cut(2, 4 if bits == 4 else 2, 1, 4, 1)
+    return Cut(1, 4, 1, 8 if few or bits == 8 else 4, 1)
 
 
 def refuses(x: Tensor, block: int | None = None) -> str | None:
