@@ -294,7 +294,7 @@ def test_compiles():
             options = {"num_warps": warps, "num_stages": stages}
             specs.append(Spec("taut.kernels.int8_triton", "_product", arch, many | sizes, options))
     for spec, built in zip(specs, cross_compile(specs), strict=True):
-        assert built.local == 0 and built.stack == 0, (spec, built)
+        assert built.local == 0 and (built.stack == 0 or "packed" not in spec.module), (spec, built)
         assert built.shared <= (166912 if spec.arch == 80 else 232448), (spec, built)
         assert built.wgmma == (
             spec.arch == 90 and spec.module.endswith("int8_triton") and spec.kernel == "_product"
