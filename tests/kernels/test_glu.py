@@ -39,8 +39,8 @@ def test_agrees_with_float64() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(RequestError, match="'tanh' is unknown; known: silu"):
-        act_triton.glu(torch.randn(2, 4), "tanh")
+    with pytest.raises(RequestError, match="'sigmoid' is unknown; known: silu"):
+        act_triton.glu(torch.randn(2, 4), "sigmoid")
     with pytest.raises(RequestError, match=r"got shape \[2, 5\]"):
         act_triton.glu(torch.randn(2, 5), "silu")
 
