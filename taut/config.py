@@ -159,6 +159,7 @@ class Attn:
     `window`: a query sees itself and the `window - 1` tokens before it. `qk_norm` normalises queries and
     keys, each `qk_norm_of` a "head" with one weight for all, "own head" with a weight each, or "all" heads as
     one vector. `slopes`: ALiBi (Press et al. 2022), one a head. `clip` bounds the fused projection's output.
+    `sinks`: a learned score a head, as of one more key without a value (Xiao et al. 2023).
     """
 
     heads: int
@@ -175,6 +176,7 @@ class Attn:
     slopes: tuple[float, ...] | None = None
     clip: float | None = None
     causal: bool = True
+    sinks: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ NEO = IDS | {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "max_position_e
 NEO |= {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 5}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 OPT = FALCON | {"ffn_dim": 80}
+GRANITE = {
+    "embedding_multiplier": 3.5,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
+GPT_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 5}
 
 
 @dataclass(frozen=True)
@@ -167,17 +174,7 @@ CASES = [
     Case("starcoder2-relu", "Starcoder2", {"hidden_act": "relu", "num_key_value_heads": 1}),
     Case("olmo2", "Olmo2"),
     Case("olmo2-biases", "Olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
-    Case(
-        "granite",
-        "Granite",
-        {
-            "embedding_multiplier": 3.5,
-            "attention_multiplier": 0.4,
-            "residual_multiplier": 0.3,
-            "logits_scaling": 2.5,
-            "tie_word_embeddings": True,
-        },
-    ),
+    Case("granite", "Granite", GRANITE | {"tie_word_embeddings": True}),
     Case("granite-biases", "Granite", {"attention_bias": True, "mlp_bias": True, "residual_multiplier": 1.5}),
     Case("stablelm", "StableLm"),
     Case("stablelm-parallel", "StableLm", {"use_parallel_residual": True, "use_qkv_bias": True}),
@@ -230,6 +227,27 @@ CASES = [
     ),
     Case("qwen3-moe", "Qwen3Moe", MOE | {"head_dim": 20, "norm_topk_prob": True}),
     Case("qwen3-moe-some-layers", "Qwen3Moe", MOE | {"decoder_sparse_step": 2, "attention_bias": True}),
+    Case("olmoe", "Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Case(
+        "olmoe-normalised-biases",
+        "Olmoe",
+        {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    Case("flex-olmo", "FlexOlmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Case("granite-moe", "GraniteMoe", GRANITE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Case("gpt-oss", "GptOss", GPT_OSS),
+    Case(
+        "gpt-oss-no-windows-tied",
+        "GptOss",
+        GPT_OSS
+        | {
+            "layer_types": ["full_attention"] * 3,
+            "attention_bias": False,
+            "swiglu_limit": 0.5,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
     Case("phi", "Phi"),
     Case("phi-head-norms", "Phi", {"qk_layernorm": True, "hidden_act": "gelu"}),
     Case("gpt-neox", "GPTNeoX", base=NEOX),

@@ -28,7 +28,9 @@ class Scoring:
     `causal` off: keys nearer than `window` on both sides); `softcap`: `cap * tanh(score / cap)`; `slopes`
     `[heads]`: ALiBi (Press et al. 2022), `slope * (key position - query position)` is added; `relative`
     `[heads, 2 * reach + 1]`: a learned bias (T5), entry `reach + key position - query position` is added,
-    with distances beyond `reach` taken as `reach`.
+    with distances beyond `reach` taken as `reach`. `sinks` `[heads]`: learned scores that take part in the
+    softmax as one more key would, whose value is nothing (GPT-OSS; Xiao et al. 2023), so that the weights of
+    keys sum to less than 1.
     """
 
     scale: float
@@ -37,6 +39,7 @@ class Scoring:
     softcap: float | None = None
     slopes: Tensor | None = None
     relative: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ def _bias(queries: int, keys: int, scoring: Scoring) -> Tensor | None:
     return bias
 
 
-def _reference(q, k, v, starts, longest, scoring, pages, key_rows):
+def _reference(q, k, v, starts, longest, scoring, pages, key_rows=None):
     """The definition of right: one row at a time, scores in float32 (float64 for float64 input)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // (k if pages is None else pages.keys).shape[-2]
@@ -271,7 +274,11 @@ def _reference(q, k, v, starts, longest, scoring, pages, key_rows):
             scores = scores + bias.to(wide)
         if (seen := _visible(len(qr), len(kr), scoring, q.device)) is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
-        shares = scores.softmax(-1)
+        if scoring.sinks is not None:
+            sinks = scoring.sinks.to(wide)[:, None, None].expand(-1, len(qr), 1)
+            shares = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        else:
+            shares = scores.softmax(-1)
         out.append(torch.einsum("hqk,khd->qhd", shares, vr).to(q.dtype))
         if _weights.get() is not None:
             weights.append(shares)
@@ -303,11 +310,13 @@ def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """`q` `[rows, queries, heads, head_dim]`, `k`, `v` `[rows, keys, kv_heads, head_dim]` -> like q."""
     queries, keys = q.shape[1], k.shape[1]
     whole = scoring.window is None or scoring.window >= keys
-    plain = scoring.slopes is None and scoring.relative is None
+    plain = scoring.slopes is None and scoring.relative is None and scoring.sinks is None
     triangle = scoring.causal and whole and queries == keys and plain
     mask = None if triangle else _visible(queries, keys, scoring, q.device)
     if (bias := _bias(queries, keys, scoring)) is not None:
         mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
+    if scoring.sinks is not None:
+        k, v, mask = _with_sinks(k, v, mask, scoring.sinks[:, None, None].expand(-1, queries, 1))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(
         q,
@@ -319,6 +328,19 @@ def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)
+
+
+def _with_sinks(k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sinks as one more key: its score is the mask's alone, since it is zero, and so is its value. `k`, `v`
+    `[rows, keys, kv_heads, head_dim]`, `mask` of what is seen or to be added, `sinks` `[..., queries, 1]`."""
+    k, v = (torch.cat((t, t.new_zeros(t.shape[0], 1, *t.shape[2:])), 1) for t in (k, v))
+    if mask is None:
+        mask = k.new_zeros(())
+    elif mask.dtype is torch.bool:
+        mask = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, float("-inf"))
+    sinks = sinks.to(k.dtype)
+    shape = torch.broadcast_shapes(mask.shape[:-1], sinks.shape[:-1])
+    return k, v, torch.cat((mask.expand(*shape, k.shape[1] - 1), sinks.expand(*shape, 1)), -1)
 
 
 def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
@@ -335,7 +357,6 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
             t.index_select(0, table).view(rows, used * size, kv_heads, dim)[:, : pages.longest]
             for t in (pages.keys, pages.values)
         )
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
     kind = q.dtype
     if q.is_cpu and heads == kv_heads and kind is torch.bfloat16:
         # One query a key head: PyTorch's bfloat16 products of one row are slower than the conversion.
@@ -352,6 +373,9 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
         seen = bias = seen[:, None, None]
         if biased:
             bias = _bias_of_last(behind, kv_heads, scoring).masked_fill(~seen, float("-inf")).to(q.dtype)
+    if scoring.sinks is not None:
+        k, v, bias = _with_sinks(k, v, bias, scoring.sinks.view(kv_heads, -1, 1))
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q.view(rows, kv_heads, heads // kv_heads, dim), k, v, bias, scale=scoring.scale
     )
@@ -424,7 +448,7 @@ def _cudnn_refuses(call: Call) -> str | None:
     if not call.even or call.key_rows is not None:
         return "wants rows of one length, the same for queries and keys"
     extra = {"window": scoring.window, "softcap": scoring.softcap, "ALiBi": scoring.slopes}
-    extra |= {"relative bias": scoring.relative}
+    extra |= {"relative bias": scoring.relative, "sinks": scoring.sinks}
     if (odd := next((name for name, value in extra.items() if value is not None), None)) is not None:
         return f"is for plain attention, and this has a {odd}"
     if call.kv_heads not in (None, q.shape[1]):

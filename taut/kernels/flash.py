@@ -156,12 +156,12 @@ def _forward_keys(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _forward(
-    Q, K, V, OUT, LSE, starts, key_starts, table, lengths, slopes, relative,
+    Q, K, V, OUT, LSE, starts, key_starts, table, lengths, slopes, relative, sinks,
     tokens, rows, group, window, reach, scale, softcap,
     q_token, q_head, k_token, k_head, v_token, v_head, o_token, o_head, page_k, page_v, table_row,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    RELATIVE: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RELATIVE: tl.constexpr, SINKS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a row see the most keys under a causal mask: they go first.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -213,6 +213,14 @@ def _forward(
         CAUSAL, WINDOW, SOFTCAP, ALIBI, RELATIVE, PAGE, DIM, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
 
+    if SINKS:
+        # One more key, without a value: from here on it is part of the sum, and of what backward passes read.
+        sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+        above = tl.maximum(top, sink)
+        fade = tl.exp2(top - above)
+        total = total * fade + tl.exp2(sink - above)
+        acc = acc * fade[:, None]
+        top = above
     some = total > 0
     acc = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
     out = OUT + wide * o_head + at[:, None] * o_token + d[None, :]
@@ -220,6 +228,27 @@ def _forward(
     # +inf where nothing was seen: the backward pass then finds weights of zero.
     lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(LSE + wide * tokens + at, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _add_sinks(
+    OUT, LSE, sinks, tokens, o_token, o_head, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Attention as it is with sinks, in place, from what it is without."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = m < tokens
+    lse = tl.load(LSE + head * tokens + m, mask=inside, other=0.0)
+    sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)  # a query that has seen nothing
+    above = tl.maximum(lse, sink)
+    whole = above + tl.log2(tl.exp2(lse - above) + tl.exp2(sink - above))
+    tl.store(LSE + head * tokens + m, whole, mask=inside)
+    at = OUT + head * o_head + m.to(tl.int64)[:, None] * o_token + d[None, :]
+    there = inside[:, None] & (d < DIM)[None, :]
+    out = tl.load(at, mask=there, other=0.0).to(tl.float32) * tl.exp2(lse - whole)[:, None]
+    tl.store(at, out.to(OUT.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -587,7 +616,7 @@ def _reach(relative: Tensor | None) -> int:
 
 
 def _forward_pass(
-    q, k, v, starts, key_starts, table, lengths, slopes, relative, scale, causal, window, softcap
+    q, k, v, starts, key_starts, table, lengths, slopes, relative, sinks, scale, causal, window, softcap
 ):
     """Attention, and the base-2 logarithms `[heads, tokens]` of the sums of weights. `window` -1: none."""
     q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
@@ -600,6 +629,11 @@ def _forward_pass(
         flash_hopper.forward(
             q, k, v, out, lse, starts, key_starts, slopes, scale * LOG2E, causal, window, softcap
         )  # fmt: skip
+        if sinks is not None and tokens:
+            _add_sinks[(triton.cdiv(tokens, 64), heads)](
+                out, lse, sinks, tokens, out.stride(0), out.stride(1), DIM=dim, BLOCK_D=block_dim(dim),
+                BLOCK_M=64,
+            )  # fmt: skip
         return out, lse
     tile = _tile("forward", q)
     _launch(
@@ -609,21 +643,24 @@ def _forward_pass(
         dim,
         (
             q, k, v, out, lse, starts, key_starts, table if paged else starts, lengths if paged else starts,
-            slopes, relative, tokens, rows, heads // k.shape[-2], window, _reach(relative), scale * LOG2E,
-            softcap, q.stride(0), q.stride(1), k.stride(-3), k.stride(-2), v.stride(-3), v.stride(-2),
-            out.stride(0), out.stride(1), k.stride(0), v.stride(0), table.stride(0) if paged else 0,
+            slopes, relative, sinks, tokens, rows, heads // k.shape[-2], window, _reach(relative),
+            scale * LOG2E, softcap, q.stride(0), q.stride(1), k.stride(-3), k.stride(-2), v.stride(-3),
+            v.stride(-2), out.stride(0), out.stride(1), k.stride(0), v.stride(0),
+            table.stride(0) if paged else 0,
         ),
         PAGE=k.shape[1] if paged else 0,
+        SINKS=sinks is not None,
         **_flags(causal, window, softcap, slopes, relative),
     )  # fmt: skip
     return out, lse
 
 
 def _backward_pass(
-    do, q, k, v, out, lse, starts, key_starts, slopes, relative, scale, causal, window, softcap, d_relative
-):
-    """Gradients of q, k, v and, if `d_relative`, of the relative bias (otherwise empty). That of the bias
-    is summed with atomics; the others are the same bit for bit every time."""
+    do, q, k, v, out, lse, starts, key_starts, slopes, relative, sinks, scale, causal, window, softcap,
+    d_relative,
+):  # fmt: skip
+    """Gradients of q, k, v and, if `d_relative`, of the relative bias, and of the sinks (empty where there
+    are none). That of the bias is summed with atomics; the others are the same bit for bit every time."""
     do, q, k, v = (_rows_apart(t) for t in (do, q, k, v))
     tokens, heads, dim = q.shape
     keys, kv_heads = k.shape[:2]
@@ -631,6 +668,11 @@ def _backward_pass(
     flags = _flags(causal, window, softcap, slopes, relative)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_bias = torch.zeros(relative.shape if d_relative else (0,), dtype=torch.float32, device=q.device)
+    d_sinks = torch.empty(0, dtype=torch.float32, device=q.device)
+    if sinks is not None:
+        # What a sink's weight takes from each query's output, which has no part of its own in it.
+        weights = torch.exp2(sinks.float()[:, None] * LOG2E - lse)
+        d_sinks = -(weights * _row_sums(out, do)).sum(1)
     hopper = (
         flash_hopper.accepts(q, k, v, relative)
         and flash_hopper.accepts(do, k, v, relative)
@@ -649,12 +691,7 @@ def _backward_pass(
             q, k, v, do, *stats, dq, starts, key_starts, slopes, scale * LOG2E, scale, causal, window
         )  # fmt: skip
     else:
-        delta = torch.empty_like(lse)
-        if tokens:
-            _delta[(triton.cdiv(tokens, 64), heads)](
-                out, do, delta, tokens, out.stride(0), out.stride(1), do.stride(0), do.stride(1),
-                DIM=dim, BLOCK_D=block_dim(dim), BLOCK_M=64,
-            )  # fmt: skip
+        delta = _row_sums(out, do)
         tile = _tile("dq", q)
         _launch(
             _backward_dq,
@@ -702,13 +739,25 @@ def _backward_pass(
             **flags,
         )  # fmt: skip
     dk, dv = (t[0] if parts == 1 else t.sum(0).to(k.dtype) for t in (dk, dv))
-    return dq, dk, dv, d_bias
+    return dq, dk, dv, d_bias, d_sinks
+
+
+def _row_sums(out: Tensor, do: Tensor) -> Tensor:
+    """Sums of `out * do` over the head dim, float32 `[heads, tokens]`."""
+    tokens, heads, dim = out.shape
+    delta = torch.empty(heads, tokens, dtype=torch.float32, device=out.device)
+    if tokens:
+        _delta[(triton.cdiv(tokens, 64), heads)](
+            out, do, delta, tokens, out.stride(0), out.stride(1), do.stride(0), do.stride(1),
+            DIM=dim, BLOCK_D=block_dim(dim), BLOCK_M=64,
+        )  # fmt: skip
+    return delta
 
 
 def _remember(ctx, inputs, output) -> None:
-    q, k, v, starts, key_starts, table, _, slopes, relative, *ctx.scoring = inputs
+    q, k, v, starts, key_starts, table, _, slopes, relative, sinks, *ctx.scoring = inputs
     ctx.paged = table is not None
-    ctx.save_for_backward(q, k, v, *output, starts, key_starts, slopes, relative)
+    ctx.save_for_backward(q, k, v, *output, starts, key_starts, slopes, relative, sinks)
 
 
 def _differentiate(ctx, do: Tensor, backward_pass: Callable) -> tuple[Tensor | None, ...]:
@@ -716,13 +765,14 @@ def _differentiate(ctx, do: Tensor, backward_pass: Callable) -> tuple[Tensor | N
         raise RequestError(
             "attention over cache pages has no backward pass; pass the keys and values themselves"
         )
-    q, k, v, out, lse, starts, key_starts, slopes, relative = ctx.saved_tensors
+    q, k, v, out, lse, starts, key_starts, slopes, relative, sinks = ctx.saved_tensors
     d_relative = ctx.needs_input_grad[8]
-    dq, dk, dv, d_bias = backward_pass(
-        do, q, k, v, out, lse, starts, key_starts, slopes, relative, *ctx.scoring, d_relative
+    dq, dk, dv, d_bias, d_sinks = backward_pass(
+        do, q, k, v, out, lse, starts, key_starts, slopes, relative, sinks, *ctx.scoring, d_relative
     )
     d_bias = d_bias.to(relative.dtype) if d_relative else None
-    return dq, dk, dv, None, None, None, None, None, d_bias, None, None, None, None
+    d_sinks = d_sinks.to(sinks.dtype) if ctx.needs_input_grad[9] else None
+    return dq, dk, dv, None, None, None, None, None, d_bias, d_sinks, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -747,7 +797,7 @@ _forward_op = torch.library.custom_op(
     _forward_pass,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor key_starts, Tensor? table, Tensor? lengths, "
-    "Tensor? slopes, Tensor? relative, float scale, bool causal, int window, float softcap) "
+    "Tensor? slopes, Tensor? relative, Tensor? sinks, float scale, bool causal, int window, float softcap) "
     "-> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
@@ -755,8 +805,8 @@ _backward_op = torch.library.custom_op(
     _backward_pass,
     mutates_args=(),
     schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
-    "Tensor key_starts, Tensor? slopes, Tensor? relative, float scale, bool causal, int window, "
-    "float softcap, bool d_relative) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor key_starts, Tensor? slopes, Tensor? relative, Tensor? sinks, float scale, bool causal, "
+    "int window, float softcap, bool d_relative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _forward_op.register_autograd(
     lambda ctx, do, _: _differentiate(ctx, do, _backward_op), setup_context=_remember
@@ -764,16 +814,18 @@ _forward_op.register_autograd(
 
 
 @_forward_op.register_fake
-def _(q, k, v, starts, key_starts, table, lengths, slopes, relative, scale, causal, window, softcap):
+def _(q, k, v, starts, key_starts, table, lengths, slopes, relative, sinks, scale, causal, window, softcap):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @_backward_op.register_fake
 def _(
-    do, q, k, v, out, lse, starts, key_starts, slopes, relative, scale, causal, window, softcap, d_relative
-):
+    do, q, k, v, out, lse, starts, key_starts, slopes, relative, sinks, scale, causal, window, softcap,
+    d_relative,
+):  # fmt: skip
     d_bias = q.new_empty(relative.shape if d_relative else (0,), dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias
+    d_sinks = q.new_empty((0,) if sinks is None else sinks.shape, dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_bias, d_sinks
 
 
 def why_not(q: Tensor, scoring: Scoring) -> str | None:
@@ -830,6 +882,7 @@ def flash_attention(
         None if pages is None else pages.lengths,
         scoring.slopes,
         scoring.relative,
+        scoring.sinks,
         float(scoring.scale),
         scoring.causal,
         window,
@@ -837,7 +890,7 @@ def flash_attention(
     )
     if torch.compiler.is_compiling():
         return _forward_op(*call)[0]
-    learned = (q, k, v) if scoring.relative is None else (q, k, v, scoring.relative)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in learned):
+    learned = (q, k, v, scoring.relative, scoring.sinks)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
         return _Attention.apply(*call)
     return _forward_pass(*call)[0]

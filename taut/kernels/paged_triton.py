@@ -38,10 +38,20 @@ def _prefetch(pointers, BYTES: tl.constexpr):
 
 
 @triton.jit
+def _with_sink(acc, total, top, sink, live):
+    """Sums that a learned score without a value takes part in."""
+    s = tl.load(sink, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
+    peak = tl.maximum(top, s)
+    fade = tl.exp2(top - peak)
+    return acc * fade[:, None], total * fade + tl.exp2(s - peak)
+
+
+@triton.jit
 def _merge(
     parts,
     sums,
     out,
+    sinks,
     begin,
     offset,
     limit,
@@ -50,6 +60,7 @@ def _merge(
     used,
     splits,
     GROUP: tl.constexpr,
+    SINKS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MERGE_R: tl.constexpr,
@@ -81,6 +92,8 @@ def _merge(
         total = total * fade + tl.sum(weights, 0)
         acc = acc * fade[:, None] + tl.sum(part * weights[:, :, None], 0)
         top = peak
+    if SINKS:
+        acc, total = _with_sink(acc, total, top, sinks + kv_head * GROUP + r % GROUP, live)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & (d < DIM)[None, :])
 
@@ -95,6 +108,7 @@ def _decode(
     starts,
     slopes,
     relative,
+    sinks,
     out,
     parts,
     sums,
@@ -122,6 +136,7 @@ def _decode(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     RELATIVE: tl.constexpr,
+    SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -232,10 +247,12 @@ def _decode(
         v = tl.load(values + v_at[:, None] + d[None, :], mask=mask, other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = peak
+    whole = used == 1
+    if SINKS and whole:  # otherwise once, where the splits are merged
+        acc, total = _with_sink(acc, total, top, sinks + head, live)
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
     pair = token * heads + head
-    whole = used == 1
     if not SPLIT or whole:
         tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & real[None, :])
     if SPLIT and not whole:
@@ -251,6 +268,7 @@ def _decode(
                 parts,
                 sums,
                 out,
+                sinks,
                 begin,
                 block * BLOCK_R,
                 count * GROUP,
@@ -259,6 +277,7 @@ def _decode(
                 used,
                 splits,
                 GROUP,
+                SINKS,
                 DIM,
                 BLOCK_D,
                 MERGE_R,
@@ -393,6 +412,7 @@ def paged_attention(
         starts,
         slopes.contiguous() if slopes is not None else None,
         relative.contiguous() if relative is not None else None,
+        scoring.sinks,
         out,
         memory.parts if memory else None,
         memory.parts[tokens * heads * p.splits * dim :] if memory else None,
@@ -420,6 +440,7 @@ def paged_attention(
         SOFTCAP=scoring.softcap is not None,
         ALIBI=slopes is not None,
         RELATIVE=relative is not None,
+        SINKS=scoring.sinks is not None,
         SPLIT=p.splits > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         BLOCKS=p.blocks,

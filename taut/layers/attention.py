@@ -30,8 +30,14 @@ class Attention(nn.Module):
         self.q_norm = _norm_of(config, config.heads, dtype)
         self.k_norm = _norm_of(config, config.kv_heads, dtype)
         slopes = None if config.slopes is None else torch.tensor(config.slopes, device="cpu")
-        self.scoring = Scoring(config.scale, config.causal, config.window, config.softcap, slopes)
+        self._scoring = Scoring(config.scale, config.causal, config.window, config.softcap, slopes)
+        self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if config.sinks else None
         self.only: tuple[str, ...] | None = None
+
+    @property
+    def scoring(self) -> Scoring:
+        """How this layer's scores become weights."""
+        return self._scoring if self.sinks is None else replace(self._scoring, sinks=self.sinks)
 
     def forward(
         self,
@@ -56,8 +62,8 @@ class Attention(nn.Module):
             )
             q, k, v = self._store(qkv, rotation, pages, kv.slots, kv.fresh)
             pages = None if kv.fresh else pages
-        if self.scoring.slopes is not None and self.scoring.slopes.device != q.device:
-            self.scoring = replace(self.scoring, slopes=self.scoring.slopes.to(q.device))
+        if self._scoring.slopes is not None and self._scoring.slopes.device != q.device:
+            self._scoring = replace(self._scoring, slopes=self._scoring.slopes.to(q.device))
         out = attention(q, k, v, batch.starts, batch.longest, self.scoring, pages, self.only)
         return self.o_proj(out.flatten(1), residual=residual)
 

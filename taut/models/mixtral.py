@@ -22,13 +22,17 @@ RULES = (
     ),
 )
 
+
+def stacked(gate_up: str, down: str) -> tuple[Stacked, Stacked]:
+    """The experts of a layer in two tensors of these names."""
+    ours = "model.layers.{}.mlp.experts.{}"
+    parts = Stacked(gate_up, f"{ours}.{{}}.weight", ("gate_proj", "up_proj"))
+    return parts, Stacked(down, f"{ours}.down_proj.weight")
+
+
 # Files have these names too, where transformers was asked for them (`save_original_format=False`).
 _EXPERTS = "model.layers.{}.mlp.experts"
-MODULES = (
-    *LLAMA,
-    Stacked(f"{_EXPERTS}.gate_up_proj", f"{_EXPERTS}.{{}}.{{}}.weight", ("gate_proj", "up_proj")),
-    Stacked(f"{_EXPERTS}.down_proj", f"{_EXPERTS}.{{}}.down_proj.weight"),
-)
+MODULES = (*LLAMA, *stacked(f"{_EXPERTS}.gate_up_proj", f"{_EXPERTS}.down_proj"))
 
 
 def experts(r: Reader, hidden: str, **fields: Any) -> Moe:

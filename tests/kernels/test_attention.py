@@ -26,6 +26,13 @@ SCORINGS = {
     "alibi-window": Scoring(0.3, window=6, slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64)),
     "relative": Scoring(0.3, relative=TABLE),
     "full-relative": Scoring(0.3, causal=False, relative=TABLE),
+    "sinks": Scoring(0.3, sinks=torch.linspace(-1, 2, 6, dtype=torch.float64)),
+    "sinks-alibi-window": Scoring(
+        0.3,
+        window=6,
+        slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64),
+        sinks=torch.linspace(-1, 2, 6, dtype=torch.float64),
+    ),
     "everything": Scoring(1.1, window=7, softcap=1.3, slopes=torch.linspace(0.1, 1, 6, dtype=torch.float64)),
 }
 
@@ -51,6 +58,9 @@ def defined(q, k, v, s: Scoring):
                     score = score + s.relative[h, min(max(j - at, -6), 6) + 6]
                 scores.append(score)
                 values.append(v[j, h // group])
+            if s.sinks is not None:
+                scores.append(s.sinks[h])
+                values.append(torch.zeros_like(v[0, 0]))
             out[i, h] = torch.stack(scores).softmax(0) @ torch.stack(values)
     return out
 

@@ -57,18 +57,17 @@ def agree(lengths, heads, kv_heads, dim, scoring: Scoring, dtype=torch.float16, 
         for h in (heads, kv_heads, kv_heads, heads)
     )
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    if scoring.relative is not None:
-        inputs.append(scoring.relative.requires_grad_())
+    extra = {n: t for n in ("relative", "sinks") if (t := getattr(scoring, n)) is not None}
+    inputs += [t.requires_grad_() for t in extra.values()]
     out = flash.flash_attention(q, k, v, starts, max(lengths), scoring)
     got = (out, *torch.autograd.grad(out, inputs, do))
 
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    if scoring.relative is not None:
-        scoring = replace(scoring, relative=wide[3])
+    scoring = replace(scoring, **dict(zip(extra, wide[3:], strict=True)))
     want = _reference(*wide[:3], starts, max(lengths), scoring, None)
     want = (want, *torch.autograd.grad(want, wide, do.double()))
     bound = 1e-2 if dtype == torch.bfloat16 else 1.5e-3
-    errors = dict(zip(("out", "dq", "dk", "dv", "relative"), map(distance, got, want), strict=False))
+    errors = dict(zip(("out", "dq", "dk", "dv", *extra), map(distance, got, want), strict=False))
     assert all(error < bound for error in errors.values()), errors
 
 
@@ -84,6 +83,8 @@ CASES = {  # lengths, heads, key heads, head dim, scoring
     "soft-cap": ([50], 2, 2, 16, Scoring(0.25, softcap=1.5)),
     "soft-cap, window": ([50], 1, 1, 16, Scoring(0.25, softcap=1.5, window=18)),
     "alibi": ([45, 12], 2, 2, 16, Scoring(0.25, slopes=torch.tensor([0.5, 0.125]))),
+    "sinks": (ODD, 4, 2, 16, Scoring(0.25, sinks=torch.tensor([1.0, -2.0, 0.5, 3.0]))),
+    "sinks, window": ([50], 2, 1, 16, Scoring(0.25, window=9, sinks=torch.tensor([0.3, -0.1]))),
     "relative": ([60, 12], 2, 1, 16, Scoring(0.25, causal=False, relative=torch.randn(2, 21))),
 }
 
@@ -121,7 +122,15 @@ def wide(pages: Pages) -> Pages:
 
 
 @pytest.mark.skipif(CUDA, reason="the device sweep covers it")
-@pytest.mark.parametrize("scoring", [Scoring(0.25), Scoring(0.25, window=11), Scoring(0.25, causal=False)])
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        Scoring(0.25),
+        Scoring(0.25, window=11),
+        Scoring(0.25, causal=False),
+        Scoring(0.25, sinks=torch.tensor([2.0, -1.0])),
+    ],
+)
 def test_keys_from_pages(scoring, small_tiles):
     torch.manual_seed(1)
     queries = [1, 0, 33, 20]
@@ -130,6 +139,24 @@ def test_keys_from_pages(scoring, small_tiles):
     got = flash.flash_attention(q, None, None, starts, max(queries), scoring, pages)
     want = _reference(q.double(), None, None, starts, max(queries), scoring, wide(pages))
     assert distance(got, want) < 1.5e-3
+
+
+@pytest.mark.skipif(CUDA, reason="the device sweep covers it")
+def test_sinks_are_added_to_what_a_kernel_without_them_gives():
+    """As the Hopper kernels do it: their output and LSE, then `_add_sinks`."""
+    q, k, v = (torch.randn(70, 2, 16, dtype=torch.float16) for _ in range(3))
+    starts, sinks = boundaries([20, 50], "cpu"), torch.tensor([1.5, -2.0])
+    plain = (starts, starts, None, None, None, None)
+    out, lse = flash._forward_pass(q, k, v, *plain, None, 0.25, True, -1, 0.0)
+    lse[1, 3] = float("inf")  # a query that has seen nothing
+    out[3, 1] = 0
+    flash._add_sinks[(2, 2)](
+        out, lse, sinks, 70, out.stride(0), out.stride(1), DIM=16, BLOCK_D=16, BLOCK_M=64
+    )
+    want, sums = flash._forward_pass(q, k, v, *plain, sinks, 0.25, True, -1, 0.0)
+    want[3, 1], sums[1, 3] = 0, sinks[1] * flash.LOG2E
+    assert distance(out, want.double()) < 1.5e-3
+    torch.testing.assert_close(lse, sums)
 
 
 def test_pages_have_no_backward_pass():
@@ -199,14 +226,15 @@ def test_reasons():
 def spec(kernel: str, arch: int, dim: int, **flags) -> Spec:
     """One of the kernels of `flash` with the tile it runs with on `arch`."""
     tiles = flash._TILES_HOPPER if arch == 90 else flash._TILES
-    part = {"_forward": "forward", "_backward_dq": "dq", "_backward_dkdv": "dkdv"}[kernel]
-    m, n, warps, stages = tiles[part][flash.block_dim(dim)]
+    part = {"_forward": "forward", "_backward_dq": "dq", "_backward_dkdv": "dkdv"}.get(kernel)
+    m, n, warps, stages = tiles[part][flash.block_dim(dim)] if part else (64, 64, 4, 3)
     settings = {
         "CAUSAL": True,
         "WINDOW": False,
         "SOFTCAP": False,
         "ALIBI": False,
         "RELATIVE": False,
+        "SINKS": False,
         "PAGE": 0,
         "D_RELATIVE": False,
         "DIM": dim,
@@ -222,6 +250,7 @@ def spec(kernel: str, arch: int, dim: int, **flags) -> Spec:
         **dict.fromkeys(("tokens", "rows", "group", "split", "window", "reach"), "i32"),
         "slopes": "*fp32:16" if settings["ALIBI"] else None,
         "relative": "*fp32:16" if settings["RELATIVE"] else None,
+        "sinks": "*bf16:16" if settings["SINKS"] else None,
     }
     names = getattr(flash, kernel).arg_names
     arguments = {name: settings.get(name, types.get(name, "i32:16")) for name in names}
@@ -234,10 +263,12 @@ def test_compiles_for_ampere_and_hopper():
         spec("_backward_dq", 80, 64),
         spec("_backward_dkdv", 80, 64, SOFTCAP=True),
         spec("_forward", 90, 96, PAGE=16, ALIBI=True),
+        spec("_forward", 90, 64, WINDOW=True, SINKS=True),
         spec("_backward_dkdv", 90, 80),
+        spec("_add_sinks", 90, 64, SINKS=True),
     ]
     for asked, built in zip(specs, cross_compile(specs), strict=True):
-        assert built.wgmma == (asked.arch == 90)
+        assert built.wgmma == (asked.arch == 90 and asked.kernel != "_add_sinks")
         assert built.shared <= (227 << 10 if asked.arch == 90 else 99 << 10), (asked.kernel, built)
         assert built.stack <= 256, (asked, built)  # spilled registers
 
@@ -340,6 +371,7 @@ def test_agrees_on_the_device(dim, heads, kv_heads, dtype):
         Scoring(scale, softcap=20.0),
         Scoring(scale, slopes=torch.rand(heads, device="cuda")),
         Scoring(scale, causal=False, relative=torch.randn(heads, 257, device="cuda")),
+        Scoring(scale, window=100, sinks=torch.randn(heads, device="cuda")),
     ):
         agree(LONG, heads, kv_heads, dim, scoring, dtype, "cuda")
 
@@ -348,7 +380,9 @@ def test_agrees_on_the_device(dim, heads, kv_heads, dtype):
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_pages_on_the_device(dim):
     queries = [5, 0, 64, 200]
-    for scoring in (Scoring(dim**-0.5), Scoring(dim**-0.5, window=50), Scoring(dim**-0.5, softcap=20.0)):
+    sinks = Scoring(dim**-0.5, sinks=torch.randn(8, device="cuda"))
+    plain, window, cap = (Scoring(dim**-0.5, **o) for o in ({}, {"window": 50}, {"softcap": 20.0}))
+    for scoring in (plain, window, cap, sinks):
         q, pages = paged(queries, [300, 1, 64, 1000], 8, 2, dim, 16, torch.bfloat16, "cuda")
         starts = boundaries(queries, "cuda")
         got = flash.flash_attention(q, None, None, starts, 200, scoring, pages)

@@ -47,6 +47,10 @@ CASES = {
     "softcap": Case([1, 2], [70, 37], scoring=Scoring(0.3, softcap=2.0)),
     "alibi": Case([2], [70], heads=5, kv_heads=5, scoring=Scoring(0.3, slopes=torch.rand(5))),
     "relative": Case([2], [50], kv_heads=1, scoring=Scoring(0.3, relative=torch.randn(2, 41))),
+    "sinks": Case([1, 3, 1], [70, 37, 0], heads=6, scoring=Scoring(0.3, sinks=torch.randn(6))),
+    "sinks, window, no splits": Case(
+        [2], [40], heads=4, cut=Tiles(16, 4, 2, 0), scoring=Scoring(0.3, window=9, sinks=torch.randn(4))
+    ),
     "71 heads over one": Case([2], [50], heads=71, kv_heads=1),
     "a page is several steps": Case([1], [130], page=64),
     "rows outgrow the bound": Case([1, 1], [90, 130], context=40),
@@ -71,7 +75,11 @@ def agree(case: Case, dtype: torch.dtype, device: str) -> None:
     cache.masked_fill_(~held[..., None, None], float("nan"))
     q = torch.randn(tokens, case.heads, case.dim, generator=generator, device=device, dtype=dtype)
     starts = torch.tensor([0, *accumulate(case.queries)], dtype=torch.int32, device=device)
-    moved = {n: t.to(device) for n in ("slopes", "relative") if (t := getattr(case.scoring, n)) is not None}
+    moved = {
+        n: t.to(device)
+        for n in ("slopes", "relative", "sinks")
+        if (t := getattr(case.scoring, n)) is not None
+    }
     scoring = replace(case.scoring, **moved)
     pages = Pages(*cache, table, lengths, longest)
     queries = max(case.queries)
@@ -132,12 +140,13 @@ def test_compiles() -> None:
     def spec(arch, dim, group, block_r, cut, type="bf16", extra=False):
         pointers = dict.fromkeys(("q", "keys", "values", "out"), f"*{type}:16")
         pointers |= dict.fromkeys(("table", "lengths", "starts", "counters"), "*i32:16")
-        pointers |= dict.fromkeys(("slopes", "relative"), "*fp32:16")
+        pointers |= dict.fromkeys(("slopes", "relative", "sinks"), "*fp32:16")
         pointers |= dict.fromkeys(("parts", "sums"), None if extra else "*fp32:16")
         strides = ["q_token", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head"]
         numbers = dict.fromkeys(strides, "i32:16") | dict.fromkeys(("scale", "softcap"), "fp32")
         numbers |= dict.fromkeys(("reach", "window", "least", "table_row", "heads"), "i32")
         flags = {"CAUSAL": True, "WINDOW": extra, "SOFTCAP": extra, "ALIBI": extra, "RELATIVE": extra}
+        flags["SINKS"] = not extra
         flags["SPLIT"] = not extra
         block_d = max(16, 1 << (dim - 1).bit_length())
         merge = min(1 << (group - 1).bit_length(), block_r)

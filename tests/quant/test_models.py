@@ -195,15 +195,19 @@ ALIGNED = {
     "num_key_value_heads": 2,
 }
 OTHERS = {"Llama": {}, "Phi3": {"sliding_window": None}, "Qwen2": {"tie_word_embeddings": True}}
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+}
 
 
 @functools.cache
 def aligned(kind: str) -> Path:
     torch.manual_seed(3)
-    settings = getattr(transformers, f"{kind}Config")(**{**ALIGNED, **OTHERS[kind]})
+    settings = getattr(transformers, f"{kind}Config")(**{**ALIGNED, **(OTHERS | EXPERTS)[kind]})
     model = getattr(transformers, f"{kind}ForCausalLM")(settings)
     for param in model.parameters():
-        if param.dim() == 2:
+        if param.dim() >= 2:
             torch.nn.init.normal_(param, std=0.08)
     folder = Path(tempfile.mkdtemp(prefix="taut-quant-")) / kind
     model.save_pretrained(folder)
@@ -246,6 +250,57 @@ def test_transformers_reads_what_taut_saves_and_the_other_way_round(kind, name, 
     agree(ours, theirs(tmp_path / "ours"), name)
     reread = load(tmp_path / "theirs")
     assert torch.equal(logits(reread, prompt(15)), logits(ours, prompt(15)))
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_models_with_dense_experts_go_both_ways(kind, tmp_path):
+    """transformers 5 never packs experts, since it holds those of a layer in one tensor."""
+    options = {**FORMATS["nf4"], "llm_int8_skip_modules": ["lm_head", ".*experts"]}
+    ours = load(aligned(kind), quantization_config=BitsAndBytesConfig(**options))
+    assert [n for n, m in linears(ours).items() if m.packed is None and "experts" not in n] == ["lm_head"]
+    ours.save_pretrained(tmp_path / "ours")
+    agree(ours, theirs(tmp_path / "ours"), "nf4")
+    reference = theirs(aligned(kind), quantization_config=transformers.BitsAndBytesConfig(**FORMATS["nf4"]))
+    reference.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(UserWarning, match=r"says nf4, but .*experts.* are not and stay dense"):
+        reread = load(tmp_path / "theirs")
+    assert torch.equal(logits(reread, prompt(15)), logits(ours, prompt(15)))
+
+
+@every_format
+def test_each_experts_matrices_are_packed_as_bitsandbytes_packs_them(name, tmp_path):
+    """As transformers 4 wrote them: every matrix by itself, the routers too."""
+    import bitsandbytes.functional as bnb
+
+    load(aligned("Mixtral"), quantization_config=config(name)).save_pretrained(tmp_path)
+    dense, stored = (load_file(folder / "model.safetensors") for folder in (aligned("Mixtral"), tmp_path))
+    experts = [n for n in dense if ".experts." in n]
+    assert len(experts) == 3 * 4 * 3
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+
+    def packed(key: str) -> dict[str, torch.Tensor]:
+        weight = dense[key]
+        if name == "int8":
+            values, scale, _ = bnb.int8_vectorwise_quant(weight.half())
+            return {key: values, f"{key.removesuffix('weight')}SCB": scale}
+        c = config(name)
+        codes, state = bnb.quantize_4bit(
+            weight, compress_statistics=c.bnb_4bit_use_double_quant, quant_type=c.bnb_4bit_quant_type
+        )
+        return {key: codes} | {f"{key}.{n}": t for n, t in state.as_dict(packed=True).items()}
+
+    for key in experts:
+        for part, tensor in packed(key).items():
+            if "quant_state" in part:  # JSON whose numbers are spelled otherwise
+                assert part in stored
+            else:
+                assert torch.equal(stored[part], tensor), part
+    want = logits(load(tmp_path), prompt(11))
+    stored.pop(gate)
+    save_file(stored | packed(gate), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    older = load(tmp_path)
+    assert off(older.model.layers[1].mlp.gate.weight, dense[gate]) < 0.2
+    assert off(logits(older, prompt(11)), want) < 0.5
 
 
 def test_transformers_config_and_dicts_are_taken_as_they_are():
@@ -445,6 +500,7 @@ def test_every_name_a_checkpoint_gives_its_linear_layers_is_known():
         names = weights.linears(model, rules(model.config))
         stored = load_file(checkpoint(case) / "model.safetensors")
         tables = ("embed", "wte", "wpe", "norm", ".gate.")  # a router is no linear layer
-        want = {n for n, t in stored.items() if t.ndim == 2 and not any(word in n for word in tables)}
+        tables += ("router", "proj_bias")
+        want = {n for n, t in stored.items() if t.ndim >= 2 and not any(word in n for word in tables)}
         want |= {"embed_out.weight"} & stored.keys()
         assert set(names) == want
