@@ -12,6 +12,10 @@ _HOMES = {
     "AsyncTextIteratorStreamer": "taut.engine.streamers",
     "AutoModel": "taut.auto",
     "AutoModelForCausalLM": "taut.auto",
+    "AutoModelForMaskedLM": "taut.auto",
+    "AutoModelForQuestionAnswering": "taut.auto",
+    "AutoModelForSequenceClassification": "taut.auto",
+    "AutoModelForTokenClassification": "taut.auto",
     "AutoTokenizer": "taut.tokenizer",
     "BitsAndBytesConfig": "taut.quant.config",
     "Batch": "taut.batch",
@@ -31,6 +35,10 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from taut.auto import AutoModel as AutoModel
     from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from taut.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from taut.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from taut.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from taut.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from taut.batch import Batch as Batch
     from taut.engine.engine import Engine as Engine
     from taut.engine.generation import GenerationConfig as GenerationConfig

@@ -8,7 +8,14 @@ from typing import Any
 
 from taut.config import ModelConfig
 from taut.errors import ConfigError, nearest
-from taut.modeling import CausalLM, HeadlessModel
+from taut.modeling import (
+    CausalLM,
+    HeadlessModel,
+    MaskedLM,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
 from taut.modeling.base import PreTrainedModel
 from taut.modeling.causal import CAUSAL
 from taut.models import families, family, kind, stem
@@ -56,8 +63,42 @@ class AutoModelForCausalLM(_Auto):
     kinds = MappingProxyType({"decoder": CausalLM})
 
 
+class AutoModelForMaskedLM(_Auto):
+    """Loads an encoder that predicts masked tokens."""
+
+    kinds = MappingProxyType({"encoder": MaskedLM})
+
+
+class AutoModelForSequenceClassification(_Auto):
+    """Loads a model that classifies texts, or gives them numbers."""
+
+    kinds = MappingProxyType({"decoder": SequenceClassifier, "encoder": SequenceClassifier})
+
+
+class AutoModelForTokenClassification(_Auto):
+    """Loads an encoder that classifies tokens."""
+
+    kinds = MappingProxyType({"encoder": TokenClassifier})
+
+
+class AutoModelForQuestionAnswering(_Auto):
+    """Loads an encoder that finds the answer to a question in a text."""
+
+    kinds = MappingProxyType({"encoder": QuestionAnswerer})
+
+
 AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
-    {auto.__name__: auto for auto in (AutoModel, AutoModelForCausalLM)}
+    {
+        auto.__name__: auto
+        for auto in (
+            AutoModel,
+            AutoModelForCausalLM,
+            AutoModelForMaskedLM,
+            AutoModelForSequenceClassification,
+            AutoModelForTokenClassification,
+            AutoModelForQuestionAnswering,
+        )
+    }
 )
 
 # How the families' own class names end, and the class that loads them.

@@ -119,6 +119,13 @@ class Padding:
             packed = out.index_copy(0, self.index, packed)
         return packed.unflatten(0, (self.rows, self.width))
 
+    def real(self, device: torch.device) -> Tensor:
+        """Where the grid has tokens, boolean `[rows, width]`."""
+        if self.index is None:
+            return torch.ones(self.rows, self.width, dtype=torch.bool, device=device)
+        flat = torch.zeros(self.rows * self.width, dtype=torch.bool, device=device)
+        return flat.index_fill_(0, self.index, True).unflatten(0, (self.rows, self.width))
+
     def last(self, packed: Tensor, columns: int) -> tuple[Tensor, Padding]:
         """What stands in the last `columns` columns of the grid, and where it stands in these."""
         columns = min(columns, self.width)

@@ -8,14 +8,27 @@ import transformers
 from safetensors.torch import load_file
 
 import taut
+from taut import weights
 from taut.models import families, family, kind
 from tests.encoders import CASES
 from tests.families import VOCAB, Case, checkpoint, oracle
 from tests.test_families import LENGTHS, close, every_device
 
-HEADS = ["AutoModel"]
+HEADS = {
+    "AutoModel": "Model",
+    "AutoModelForMaskedLM": "ForMaskedLM",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+}
+# transformers has no such class for some families.
+MODELS = [
+    (c, h) for c in CASES for h, suffix in HEADS.items() if hasattr(transformers, f"{c.family}{suffix}")
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_head = pytest.mark.parametrize("head", HEADS)
+every_model = pytest.mark.parametrize(
+    ("case", "head"), MODELS, ids=lambda x: str(x).removeprefix("AutoModelFor")
+)
 
 
 def load(case: Case, head: str = "AutoModel", device: str = "cpu", dtype=torch.float32, **options):
@@ -41,8 +54,7 @@ def inputs(case: Case, side: str, device: str = "cpu") -> dict[str, torch.Tensor
 def alone(model, given: dict[str, torch.Tensor], row: int, **options):
     """The output for one row of a grid, without its padding."""
     real = given["attention_mask"][row].bool()
-    with torch.no_grad():
-        return model(**{name: value[row : row + 1, real] for name, value in given.items()}, **options)
+    return model(**{name: value[row : row + 1, real] for name, value in given.items()}, **options)
 
 
 def fields(output) -> dict[str, torch.Tensor]:
@@ -62,30 +74,84 @@ def test_every_encoder_is_in_the_table():
 
 
 @every_device
-@every_head
-@every_case
+@every_model
+@torch.no_grad()
 def test_every_output_equals_the_oracles_alone_and_padded(case, head, device):
     model, reference = load(case, head, device), oracle(case, device=device, auto=head)
     options = {"output_hidden_states": True, "output_attentions": True}
+
+    def of_row(name: str, value: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Of a row, what is of its tokens."""
+        if name == "pooler_output" or (name == "logits" and "Sequence" in head):
+            return value
+        if name.startswith("attentions"):
+            return value[:, real][:, :, real]
+        assert (
+            value[~real] == (torch.finfo(value.dtype).min if "Question" in head and value.dim() == 1 else 0)
+        ).all()
+        return value[real]
+
     for side in ("left", "right"):
         given = inputs(case, side, device)
-        with torch.no_grad():
-            got = fields(model(**given, **options))
-            fused = fields(model(**given))
+        got, fused = fields(model(**given, **options)), fields(model(**given))
         for row in range(len(LENGTHS)):
             real = given["attention_mask"][row].bool()
             want = fields(alone(reference, given, row, **options))
-            assert got.keys() == want.keys()
+            assert list(got) == list(want)
             for name, expected in want.items():
-                values = got[name][row]
-                if name.startswith("attentions"):
-                    values = values[:, real][:, :, real]
-                elif values.dim() == 2:
-                    assert (values[~real] == 0).all()
-                    values = values[real]
-                close(values.cpu(), expected[0].cpu())
-                if name in fused:
-                    close(fused[name][row][real if fused[name].dim() == 3 else ...].cpu(), expected[0].cpu())
+                for found in (got, fused):
+                    if name in found:
+                        close(of_row(name, found[name][row], real).cpu(), expected[0].cpu())
+
+
+def labelled(
+    case: Case, head: str, given: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Labels for a grid's rows, and the share that each row has in the loss of all."""
+    real, generator = given["attention_mask"].bool(), torch.Generator().manual_seed(6)
+    rows = len(real)
+    if "Token" in head or "Masked" in head:
+        labels = torch.randint(0, 2 if "Token" in head else VOCAB, real.shape, generator=generator).to(
+            real.device
+        )
+        labels[~real | (torch.rand(real.shape, generator=generator) < 0.3).to(real.device)] = -100
+        counts = (labels != -100).sum(1)
+        return {"labels": labels}, (counts / counts.sum()).tolist()
+    if "Sequence" in head:
+        return {"labels": torch.tensor([1, 0, 1, 1], device=real.device)}, [1 / rows] * rows
+    spans = {"start_positions": real.long().argmax(1), "end_positions": real.long().cumsum(1).argmax(1)}
+    return spans, [1 / rows] * rows
+
+
+@every_device
+@every_model
+def test_loss_and_gradients_equal_the_oracles_of_each_row_alone(case, head, device, tmp_path):
+    if head == "AutoModel":
+        pytest.skip("has no loss")
+    model, reference = load(case, head, device), oracle(case, device=device, auto=head)
+    given = inputs(case, "left", device)
+    labels, shares = labelled(case, head, given)
+    loss, want = model(**given, **labels).loss, 0
+    for row, share in enumerate(shares):
+        if share:
+            real = given["attention_mask"][row].bool()
+            own = {n: v[row : row + 1] if v.dim() == 1 else v[row : row + 1, real] for n, v in labels.items()}
+            if "Question" in head:
+                own = {n: v - real.long().argmax() for n, v in own.items()}
+            want += share * alone(reference, given, row, **own).loss
+    close(loss.detach(), want.detach(), 1e-5)
+    loss.backward()
+    want.backward()
+    with torch.no_grad():
+        for param in (*model.parameters(), *reference.parameters()):
+            param.copy_(torch.zeros_like(param) if param.grad is None else param.grad)
+    reference.save_pretrained(tmp_path)  # so that saving gives gradients under the files' names
+    expected = load_file(tmp_path / "model.safetensors")
+    got = {tensor.name: tensor.read().cpu() for tensor in weights.store(model, model.rules())}
+    floor = 1e-3 * max(grad.abs().max() for grad in expected.values())
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() <= 2e-4 * max(gradient.abs().max(), floor), name
 
 
 @every_case
@@ -97,6 +163,7 @@ def test_every_attention_implementation_agrees(case, implementation):
 
 
 @every_case
+@torch.no_grad()
 def test_bfloat16_rounds_no_worse_than_twice_the_oracle(case):
     model, given = load(case, dtype=torch.bfloat16), inputs(case, "right")
     exact, rounded = oracle(case, auto="AutoModel"), oracle(case, torch.bfloat16, auto="AutoModel")
@@ -108,8 +175,7 @@ def test_bfloat16_rounds_no_worse_than_twice_the_oracle(case):
     assert sum(ours) ** 0.5 <= 2 * sum(theirs) ** 0.5
 
 
-@every_head
-@every_case
+@every_model
 def test_save_is_byte_identical_and_transformers_reads_it(case, head, tmp_path):
     model = load(case, head)
     assert model.config.unused == () and not model.load_report.fresh

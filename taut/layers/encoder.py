@@ -80,6 +80,15 @@ class Classifier(Transform):
         return self.out_proj(super().forward(x))
 
 
+class MaskedHead(Transform):
+    """Before the logits of a masked token: a transform to the width of the embedding, and the bias of the
+    product with it."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+        super().__init__(config.heads.masked, config.dim, config.embed_dim or config.dim, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size, dtype=dtype)) if config.head_bias else None
+
+
 def classifier(
     config: TransformConfig | None, dim: int, labels: int, *, bias: bool = True, dtype: torch.dtype | None
 ) -> nn.Module:
@@ -89,16 +98,21 @@ def classifier(
     return Classifier(config, dim, labels, dtype=dtype)
 
 
-def pool(hidden: Tensor, batch: Batch, how: str) -> Tensor:
+def pool(hidden: Tensor, batch: Batch, how: str, skip: int | None = None) -> Tensor:
     """One vector for each row, `[tokens, dim] -> [rows, dim]`: that of its "first" or "last" token, or their
-    "mean"; zeros for a row without tokens."""
+    "mean"; zeros for a row without tokens. `skip`: an id that the last token doesn't have (the first is taken
+    where all have it)."""
     counts = batch.starts.diff()
-    if how == "mean":
+    if how == "mean" or (how == "last" and skip is not None):
         row = torch.repeat_interleave(counts.long(), output_size=batch.tokens)
+    if how == "mean":
         wide = torch.promote_types(hidden.dtype, torch.float32)
         sums = hidden.new_zeros(batch.rows, hidden.shape[-1], dtype=wide).index_add_(0, row, hidden.to(wide))
         return (sums / counts.clamp(min=1)[:, None]).to(hidden.dtype)
     at = batch.starts[:-1] if how == "first" else batch.starts[1:] - 1
+    if how == "last" and skip is not None and batch.ids is not None:
+        kept = torch.arange(batch.tokens, device=row.device).masked_fill_(batch.ids == skip, 0)
+        at = batch.starts[:-1].long().scatter_reduce(0, row, kept, "amax")
     if batch.tokens == 0:
         return hidden.new_zeros(batch.rows, hidden.shape[-1])
     vectors = hidden.index_select(0, at.clamp(0, batch.tokens - 1).long())

@@ -3,4 +3,8 @@
 from taut.modeling.base import PreTrainedModel as PreTrainedModel
 from taut.modeling.causal import CausalLM as CausalLM
 from taut.modeling.headless import HeadlessModel as HeadlessModel
+from taut.modeling.heads import MaskedLM as MaskedLM
+from taut.modeling.heads import QuestionAnswerer as QuestionAnswerer
+from taut.modeling.heads import SequenceClassifier as SequenceClassifier
+from taut.modeling.heads import TokenClassifier as TokenClassifier
 from taut.modeling.output import ModelOutput as ModelOutput

@@ -300,7 +300,7 @@ class PreTrainedModel(nn.Module):
             )
         if model.load_report.fresh:
             model.init_weights(only=model.load_report.fresh)
-            _warn_fresh(model.load_report, str(name), type(model).__name__)
+            _warn_fresh(model.load_report, str(name), model.architecture())
         model.quantization_config = packing.config
         if model.generation_config is not None:
             own = model.generation_config.to_dict()
@@ -425,7 +425,7 @@ def _warn_fresh(report: weights.Report, name: str, kind: str) -> None:
     warnings.warn(
         f"{name} has no weights for {some(report.fresh, 12)} of a {kind}: they are newly initialised, and "
         f"should be trained before they are used{left_out}",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

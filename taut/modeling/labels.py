@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -55,12 +56,13 @@ def relabelled(
 
 def problem(config: ModelConfig, labels: Tensor) -> str:
     """Which of `PROBLEMS` the labels of rows are: what the config says, else regression for one label, one of
-    several for integers, and any of several for others."""
+    several for int64 and int32, and any of several for others."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
         return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    single = labels.dtype in (torch.int64, torch.int32)
+    return "single_label_classification" if single else "multi_label_classification"
 
 
 def row_loss(scores: Tensor, labels: Tensor, config: ModelConfig) -> Tensor:
@@ -89,3 +91,15 @@ def token_loss(scores: Tensor, labels: Tensor, items: int | Tensor | None = None
     if items is None:
         return F.cross_entropy(scores, labels, ignore_index=-100)
     return F.cross_entropy(scores, labels, ignore_index=-100, reduction="sum") / items
+
+
+def span_loss(scores: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """Cross-entropy of `scores` `[rows, width]` of the tokens of each row against `positions` `[rows]`, the
+    columns of the right ones; a position outside of the row's tokens, which are those that are `real`
+    `[rows, width]`, counts for nothing (an answer that was cut off)."""
+    rows, width = scores.shape
+    if positions.numel() != rows:
+        raise RequestError(f"positions has shape {list(positions.shape)}; expected {[rows]}, one a row")
+    at = positions.to(scores.device).view(-1)
+    inside = (at >= 0) & (at < width) & real.gather(1, at.clamp(0, width - 1)[:, None]).squeeze(1)
+    return F.cross_entropy(scores, at.where(inside, -100))

@@ -14,12 +14,15 @@ from typing import Any
 
 from taut.config import ModelConfig, Reader
 from taut.errors import ConfigError, nearest
-from taut.weights import Rule, apart
+from taut.weights import Rename, Rule, apart
 
 # How class names of transformers end, and the kind of model that a family is whose `ARCHITECTURE` ends so.
 _KINDS: Mapping[str, str] = MappingProxyType(
     {"ForCausalLM": "decoder", "LMHeadModel": "decoder", "ForMaskedLM": "encoder"}
 )
+
+# What files of every family of a kind call the heads that they weren't trained with.
+_HEADS: Mapping[str, tuple[Rule, ...]] = MappingProxyType({"decoder": (Rename("score", "classifier"),)})
 
 
 def families() -> list[str]:
@@ -63,12 +66,14 @@ def _suffix(architecture: str) -> str:
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """How the names on disk of a model's family map onto Taut's."""
     module = family(config.model_type)
-    return module.rules(config) if hasattr(module, "rules") else module.RULES
+    found = module.rules(config) if hasattr(module, "rules") else module.RULES
+    return (*found, *_HEADS.get(config.kind, ()))
 
 
 def module_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """How the names of transformers' modules map onto Taut's."""
-    return getattr(family(config.model_type), "MODULES", None) or rules(config)
+    found = getattr(family(config.model_type), "MODULES", None)
+    return rules(config) if found is None else (*found, *_HEADS.get(config.kind, ()))
 
 
 def layouts(config: ModelConfig) -> list[tuple[Rule, ...]]:

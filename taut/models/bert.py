@@ -75,7 +75,6 @@ def encoder(
     """A BERT's config. `features` come with each token beside its type; `changes` are to `ModelConfig`."""
     r.only("is_decoder", False)
     r.only("position_embedding_type", "absolute")
-    r.only("tie_word_embeddings", True)
     r.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "gradient_checkpointing")
     act = activation(r, "hidden_act", default="gelu")
     norm = layer_norm(r)
@@ -85,7 +84,8 @@ def encoder(
         "features": (*types, *features),
         "embed_norm": norm,
         "heads": Heads(pooler=Transform("tanh"), masked=Transform(act, norm)),
-        "tied": True,
+        "head_bias": True,
+        "tied": r.bool("tie_word_embeddings", True),
     }
     return finish(r, layers=post_norm_layers(r, act), norm=None, **(fields | changes))
 
