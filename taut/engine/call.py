@@ -12,18 +12,22 @@ import torch
 from torch import Tensor
 
 from taut.engine.beams import Beams
+from taut.engine.draft_model import Assistant
+from taut.engine.drafts import Drafter
 from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.guidance import Guidance
+from taut.engine.lookup import Lookup
 from taut.engine.output import GenerateOutput, rectangle, returned, steps
 from taut.engine.processors import Barred, Forced, LengthDecay
 from taut.engine.prompts import read_prompts
 from taut.engine.request import Group, LogitsProcessor, Request
+from taut.engine.resident import Resident
 from taut.engine.stops import RowText, StopRow
 from taut.errors import RequestError
 
 # transformers' arguments of `generate` that are not options, with what to do in Taut.
 REFUSED: Mapping[str, str] = {
-    "assistant_model": "assisted decoding is not supported; without it the output is the same, only slower",
+    "assistant_tokenizer": "an assistant_model guesses in the model's own tokens; use one of its tokenizer",
     "custom_generate": "custom generation code is not run",
     "encoder_outputs": "encoder-decoder models are not supported",
     "inputs_embeds": "generation starts from token ids; pass input_ids",
@@ -34,7 +38,7 @@ ARGUMENTS = (
     "input_ids", "inputs", "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
     "prefix_allowed_tokens_fn", "streamer", "tokenizer",
 )  # fmt: skip
-TAKEN = ("token_type_ids", "negative_prompt_ids", "negative_prompt_attention_mask")
+TAKEN = ("assistant_model", "token_type_ids", "negative_prompt_ids", "negative_prompt_attention_mask")
 IGNORED = ("synced_gpus", "trust_remote_code", "use_model_defaults", "labels")
 
 
@@ -111,7 +115,9 @@ def prepare(
     if seed is not None:
         options["seed"] = seed
     negative = options.pop("negative_prompt_ids", None), options.pop("negative_prompt_attention_mask", None)
+    assistant = options.pop("assistant_model", None)
     config = _config(model, generation_config, options)
+    _check_assistant(model, assistant, config)
     _check_together(config, negative[0] is not None)
 
     pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else None
@@ -173,7 +179,48 @@ def prepare(
                 scope=None if config.use_cache is False else (),
             )
         )
+    _give_drafters(requests, assistant, config)
     return Call(given, requests, config, pad)
+
+
+def _check_assistant(model: Any, assistant: Any, config: GenerationConfig) -> None:
+    """Raises `RequestError` for guesses that can't be made."""
+    lookup = config.prompt_lookup_num_tokens
+    if assistant is None and lookup is None:
+        return
+    asked = "assistant_model" if assistant is not None else "prompt_lookup_num_tokens"
+    if assistant is not None and lookup is not None:
+        raise RequestError(
+            f"assistant_model and prompt_lookup_num_tokens={lookup} both guess; give one of them"
+        )
+    if config.beams > 1 or config.guided:
+        other = f"num_beams={config.beams}" if config.beams > 1 else f"guidance_scale={config.guidance_scale}"
+        raise RequestError(f"{asked} guesses for single rows and does not go together with {other}")
+    if assistant is None:
+        return
+    if not hasattr(assistant, "decoder") or not hasattr(assistant, "logits"):
+        raise RequestError(
+            f"assistant_model is a {type(assistant).__name__}; expected a model of "
+            "taut.AutoModelForCausalLM.from_pretrained"
+        )
+    theirs, own = assistant.config.vocab_size, model.config.vocab_size
+    if theirs != own:
+        raise RequestError(
+            f"assistant_model has {theirs} tokens in its vocabulary and the model {own}: they can't share a "
+            "tokenizer. Next step: use a smaller model of the same family, or prompt_lookup_num_tokens"
+        )
+
+
+def _give_drafters(requests: list[Request], assistant: Any, config: GenerationConfig) -> None:
+    """Let the call's rows be guessed for, if it asks for that."""
+    drafter: Drafter | None = None
+    if assistant is not None:
+        drafts = Resident.of(assistant).draft_model(assistant, requests)
+        drafter = Assistant(drafts, assistant, config.num_assistant_tokens)
+    elif config.prompt_lookup_num_tokens is not None:
+        drafter = Lookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
+    for request in requests:
+        request.drafter = drafter
 
 
 def _check_together(config: GenerationConfig, negative: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from taut.engine.beams import Beams
+from taut.engine.drafts import Ledger, grouped
 from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Ahead, Request, Row, TokenLogprobs
@@ -84,6 +85,7 @@ class Engine:
         # Decode steps as graphs, with one step under way while the host reads the one before.
         self.graphs = DecodeGraph(self.runner) if sampler is None and graphable else None
         self._under_way: Pending | None = None
+        self.ledger = Ledger()
         self._submitted = 0
         self._lock = threading.RLock()
         self._stepper: int | None = None  # the thread that is inside a step
@@ -104,6 +106,8 @@ class Engine:
         if request.id >= 0:
             raise RequestError(f"request {request.id} was submitted before; make a new one to run it again")
         self.scheduler.check(request)
+        if request.drafter is not None and request.group is not None:
+            raise RequestError("guesses are made for single rows, not for beams or guidance; leave one out")
         vocab = self.model.config.vocab_size
         for name, ids in (
             *(("prompt" if row is request else "negative prompt", row.prompt) for row in request.rows),
@@ -152,9 +156,10 @@ class Engine:
                 self._stepper = None
 
     def _step(self) -> list[Event]:
+        started = time.perf_counter()
         if self._under_way is not None:
-            return self._read(self._under_way)
-        work = self.scheduler.schedule()
+            return self._read(self._under_way, started)
+        work = self.scheduler.schedule(self._drafts())
         if not work:
             return []
         graph = self.graphs is not None and self.graphs.accepts(work)
@@ -166,7 +171,7 @@ class Engine:
             raise
         self.scheduler.copies.clear()
         if graph:
-            return self._read(begun)
+            return self._read(begun, started)
         for item in work:
             if not item.ready:
                 self.scheduler.commit(item)
@@ -182,7 +187,22 @@ class Engine:
             else:
                 asked.append(_Asked(request, group, own))
         events += self._take(asked, begun)
+        if all(item.ready and item.count == 1 for item in work):
+            drafted, right = (sum(one.checked[at] for one in asked) for at in range(2))
+            self.ledger.record(len(work), drafted, right, time.perf_counter() - started)
         return events + self._expired()
+
+    def _drafts(self) -> dict[Row, Sequence[int]]:
+        """Guesses that are worth checking now."""
+        asked, rows = grouped(self.scheduler.running), len(self.scheduler.running)
+        if not asked or not self.ledger.affords(rows, 1):
+            return {}
+        drafts: dict[Row, Sequence[int]] = {}
+        for drafter, requests in asked.items():
+            drafts |= drafter.propose(requests)
+        while drafts and not self.ledger.affords(rows, sum(map(len, drafts.values()))):
+            drafts = {row: guess[: len(guess) // 2] for row, guess in drafts.items() if len(guess) > 1}
+        return drafts
 
     def _choose(self, request: Request, work: list[Work], logits: Tensor) -> list[Event]:
         """Let beams go on, or end with what they found."""
@@ -247,12 +267,16 @@ class Engine:
             self._end(request, token)
             if request.finished or (index < len(drafts) and token != drafts[index]):
                 break
+        if drafts:
+            one.checked = len(drafts), len(taken) - 1
+            if not request.finished:
+                request.drafter.learn(request, *one.checked)
         return taken
 
-    def _read(self, pending: Pending) -> list[Event]:
+    def _read(self, pending: Pending, started: float) -> list[Event]:
         """Launch the step after `pending`, if it is sure to be for the same rows, then take in the tokens of
         `pending`, for which the host waits meanwhile."""
-        following = self.scheduler.ahead(pending.work)
+        following = None if self._may_draft(pending.work) else self.scheduler.ahead(pending.work)
         self._under_way = None if following is None else self.graphs.follow(pending, following)
         events = []
         for item, token in zip(pending.work, pending.tokens(), strict=True):
@@ -266,10 +290,18 @@ class Engine:
             self.scheduler.commit(item, token)
             self._end(request, token)
             events.append(Event(request, [token]))
+        self.ledger.record(len(pending.work), 0, 0, time.perf_counter() - started)
         events += self._expired()
         if self._under_way is not None and all(w.row.request.finished for w in self._under_way.work):
             self._under_way = None
         return events
+
+    def _may_draft(self, work: list[Work]) -> bool:
+        """Whether the step after this one may check guesses, which only its tokens can lead to."""
+        drafters = [(w.row.request.drafter, w.row.request) for w in work if w.row.request.drafter is not None]
+        return any(not drafter.rests(request) for drafter, request in drafters) and self.ledger.affords(
+            len(work), 1
+        )
 
     def run(self, requests: Iterable[Request]) -> list[Request]:
         """Serve requests to their end, submitting those that weren't; if interrupted, cancel them."""
@@ -397,6 +429,8 @@ class Engine:
     def _finish(self, request: Request, reason: str) -> None:
         if isinstance(request.group, Beams) and not request.finished:
             request.group.close(request)
+        if request.drafter is not None and not request.finished:
+            request.drafter.forget(request)
         self.scheduler.finish(request, reason)
 
     def _expired(self) -> list[Event]:
@@ -436,6 +470,7 @@ class _Asked:
     request: Request
     work: list[Work]
     raw: Tensor
+    checked: tuple[int, int] = (0, 0)  # guesses, and how many were right
 
     def views(self) -> list[Row]:
         """The request as it is before each token that may be chosen now: after its last, and after each of

@@ -36,6 +36,7 @@ DEFAULTS: Mapping[str, Any] = {
     "early_stopping": False,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
+    "num_assistant_tokens": 20,
 }
 
 # transformers' options that Taut does not have, with the values at which they do nothing. Any other value
@@ -59,9 +60,8 @@ WITHOUT_EFFECT = frozenset({
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
     "assistant_lookbehind", "cache_config", "cache_implementation", "compile_config",
     "continuous_batching_config", "decoder_start_token_id", "disable_compile",
-    "is_assistant", "low_memory", "max_cache_len", "max_matching_ngram_size",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "prefill_chunk_size",
-    "prompt_lookup_num_tokens", "remove_invalid_values", "speculation_type", "target_lookbehind",
+    "is_assistant", "low_memory", "max_cache_len", "num_assistant_tokens_schedule", "prefill_chunk_size",
+    "remove_invalid_values", "speculation_type", "target_lookbehind",
     "transformers_version", "use_mtp", "_from_model_config", "_commit_hash",
 })  # fmt: skip
 
@@ -92,6 +92,9 @@ drawn from |
     | `forced_bos_token_id`, `forced_eos_token_id` | the token after a prompt of one token; the last one |
     | `exponential_decay_length_penalty` | `(start, factor)`: makes an end likelier after so many tokens |
     | `sequence_bias`, `logit_bias` | `{token ids: bias}` (or pairs), `{token id: bias}` |
+    | `num_assistant_tokens` | most tokens that an `assistant_model` guesses at a time (20) |
+    | `prompt_lookup_num_tokens` | guess up to so many tokens from what stands in the row already |
+    | `max_matching_ngram_size` | of a lookup: 1 looks for single tokens too, otherwise for pairs |
     | `renormalize_logits` | returned scores are log-probabilities |
     | `seed` | an int, or one for each returned row; None: from torch's default generator |
     | `num_return_sequences` | rows returned for each prompt; needs `do_sample` or so many beams |
@@ -136,6 +139,9 @@ drawn from |
     exponential_decay_length_penalty: Sequence[float] | None = None
     sequence_bias: Any = None
     logit_bias: Mapping[int, float] | None = None
+    num_assistant_tokens: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
     renormalize_logits: bool | None = None
     seed: int | Sequence[int] | None = None
     num_return_sequences: int | None = None
@@ -452,6 +458,9 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "a dict of token id -> number",
         lambda v: isinstance(v, Mapping) and all(_is_int(k) and _is_number(b) for k, b in v.items()),
     ),
+    "num_assistant_tokens": _integer(1),
+    "prompt_lookup_num_tokens": _integer(1),
+    "max_matching_ngram_size": _integer(1),
     "renormalize_logits": _FLAG,
     "seed": ("an integer, or one for each returned row", lambda v: _is_int(v) or _is_ids(v)),
     "num_return_sequences": _integer(1),

@@ -190,8 +190,8 @@ class _Graph:
         for row, item in enumerate(work):
             request, start = item.row.request, item.start
             p = request.params
-            ids[row], positions[row], lengths[row], active[row] = request.token(start), start, start + 1, 1
-            steps[row] = len(request.output)
+            ids[row], positions[row], lengths[row], active[row] = item.row.token(start), start, start + 1, 1
+            steps[row] = len(item.row.output)
             seeds[row] = np.uint64(p.seed & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
             if not p.greedy:
                 temperature[row], top_k[row], top_p[row], min_p[row] = (

@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from taut.errors import RequestError
+
+if TYPE_CHECKING:
+    from taut.engine.drafts import Drafter
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -182,6 +185,7 @@ give new scores |
     | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
     | `logprobs` | caller | keep the log-probability of each token, and of so many most likely ones |
     | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
+    | `drafter` | caller | guesses its next tokens, several of which are then checked in one step |
     | `group` | caller | what makes several rows of the request: beams, guidance; None: it is its only row |
     | `scope` | caller | requests of one scope share cached prefixes: equal tokens have equal keys there. \
 None: shares none |
@@ -202,6 +206,7 @@ share, None: no more of them |
     logprobs: int | None = None
     keep_scores: bool = False
     keep_logits: bool = False
+    drafter: Drafter | None = None
     group: Group | None = None
     scope: Hashable | None = ()
     id: int = -1

@@ -1,4 +1,4 @@
-"""`Resident`: the engine that stays with its model from call to call."""
+"""`Resident`: the engine and the draft cache that stay with their model from call to call."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from taut.engine.draft_model import DraftModel
 from taut.engine.engine import Engine, token_bytes
 from taut.engine.request import Request
 from taut.engine.runner import turns_by_length
@@ -26,15 +27,17 @@ CACHE_SHARE = 0.8
 
 
 class Resident:
-    """Holds one engine for a model: made by the first call, grown by a call that needs more pages, made anew
-    where the model is not what it was, and given up by `free`. Calls of several threads share it.
+    """Holds an engine for a model, and a `DraftModel` where it guesses for another: made by the first call,
+    grown by a call that needs more pages, made anew where the model is not what it was, and given up by
+    `free`. Calls of several threads share them.
 
-    The engine does not keep the model alive, and a copy of the model starts without one.
+    They do not keep the model alive, and a copy of the model starts without them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
+        self._drafts: DraftModel | None = None
         self._state: State | None = None
 
     @staticmethod
@@ -47,14 +50,8 @@ class Resident:
 
         Raises `RequestError` where there is not even room for the longest.
         """
-        if prepare := getattr(model, "prepare_inference", None):
-            prepare()
         with self._lock:
-            before, self._state = self._state, State(model)
-            if before is not None and before.program != self._state.program:
-                self._engine = None
-            if self._engine is not None and before.values != self._state.values:
-                self._engine.reset_prefix_cache()
+            self._look(model)
             if self._engine is not None and self._engine.stepping:
                 # A hook calls from inside a step, which can't wait for another step of the same engine.
                 return _make(weakref.proxy(model), _pages(model, requests, None))
@@ -66,10 +63,31 @@ class Resident:
                 self._engine = _make(weakref.proxy(model), count)
             return self._engine
 
-    def free(self) -> None:
-        """Let go of the engine: its memory is free once the requests of other threads are done with it."""
+    def draft_model(self, model: Any, requests: Sequence[Request]) -> DraftModel:
+        """What guesses with the model for these requests, which another one serves."""
         with self._lock:
-            self._engine = self._state = None
+            self._look(model)
+            count = _pages(model, requests, self._drafts)
+            if self._drafts is None or count > self._drafts.pages.count:
+                if self._drafts is not None and not self._drafts.has_work:
+                    self._drafts = None
+                self._drafts = DraftModel(weakref.proxy(model), num_pages=count, page_size=PAGE_SIZE)
+            return self._drafts
+
+    def free(self) -> None:
+        """Let go of all: memory is free once the requests of other threads are done with it."""
+        with self._lock:
+            self._engine = self._drafts = self._state = None
+
+    def _look(self, model: Any) -> None:
+        """Drop what a model that has changed makes wrong."""
+        if prepare := getattr(model, "prepare_inference", None):
+            prepare()
+        before, self._state = self._state, State(model)
+        if before is not None and before.program != self._state.program:
+            self._engine = self._drafts = None
+        if self._engine is not None and before.values != self._state.values:
+            self._engine.reset_prefix_cache()
 
     def __deepcopy__(self, memo: Any) -> Resident:
         return Resident()
@@ -109,8 +127,8 @@ def _make(model: Any, pages: int) -> Engine:
     return Engine(model, max_rows=MAX_ROWS, num_pages=pages, page_size=PAGE_SIZE)
 
 
-def _pages(model: Any, requests: Sequence[Request], kept: Engine | None) -> int:
-    """Pages that an engine for these requests should have, where it may take the place of `kept`: those of
+def _pages(model: Any, requests: Sequence[Request], kept: Engine | DraftModel | None) -> int:
+    """Pages that a cache for these requests should have, where it may take the place of `kept`: those of
     `kept` if they suffice, else all that the requests need, or on a GPU what its memory holds."""
     share = not turns_by_length(model.config)
     needs = [pages_needed(request, PAGE_SIZE, share) for request in requests]

@@ -21,6 +21,7 @@ from taut.engine.scheduler import pages_needed
 from taut.errors import NumericsError, RequestError
 
 from .checks import check_pages
+from .guesses import Always, Prompter
 from .tiny import VOCAB, Tiny
 
 MODELS = {"plain": Tiny(), "longrope": Tiny(boundary=14), "dynamic": Tiny(dynamic=True)}
@@ -37,7 +38,7 @@ GROUPS = {
 
 def request(prompt, new: int = 8, *, eos=(), time=None, greedy=True, seed=0, kind=None, **hooks) -> Request:
     params = SamplingParams(new, eos_token_ids=eos, max_time=time, greedy=greedy, seed=seed, temperature=1.5)
-    return Request(list(prompt), params, group=GROUPS[kind or "one row"](), **hooks)
+    return Request(list(prompt), params, group=GROUPS.get(kind, GROUPS["one row"])(), **hooks)
 
 
 def engine(model="plain", **options) -> Engine:
@@ -635,6 +636,7 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
         chunk=data.draw(st.sampled_from([1, 2, 3, 7, 64]), "chunk"),
         max_rows=data.draw(st.sampled_from([3, 6, 1]), "rows"),
     )
+    e.ledger = Always()
     if data.draw(st.booleans(), "steps chain"):
         e.graphs = Chained(e)
     tokens = st.lists(st.integers(1, VOCAB - 1), max_size=8).map(tuple)
@@ -647,7 +649,8 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
 
     def check(r: Request) -> None:
         if "beams" not in kinds[r]:
-            full = alone(model, tuple(r.prompt), 16, r.params.greedy, r.params.seed, kinds[r])
+            kind = "guidance" if kinds[r] == "guidance" else "one row"
+            full = alone(model, tuple(r.prompt), 16, r.params.greedy, r.params.seed, kind)
             assert r.output == full[: len(r.output)]
         elif r.finish_reason == "length":
             new = r.params.max_new_tokens
@@ -671,7 +674,7 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
     for action in burst + data.draw(st.lists(st.sampled_from(actions), max_size=40), "actions"):
         if action in ("submit", "stream"):
             greedy = data.draw(st.booleans())
-            kind = data.draw(st.sampled_from(["one row", "one row", *GROUPS]))
+            kind = data.draw(st.sampled_from(["one row", "guessed", *GROUPS]))
             r = request(
                 data.draw(prompts),
                 data.draw(st.sampled_from([1, 9, 16, 16])),
@@ -680,6 +683,9 @@ def test_whatever_happens_no_page_is_lost_and_no_row_depends_on_its_neighbours(d
                 kind=kind,
             )
             kinds[r] = kind
+            if kind == "guessed":
+                answer = alone(model, tuple(r.prompt), 16, r.params.greedy, r.params.seed)
+                r.drafter = Prompter({tuple(r.prompt): answer}, 0.6, seed=len(submitted))
             needed = pages_needed(r, size, e.scheduler.share)
             if needed > e.pages.count or r.width > e.scheduler.max_rows:
                 with pytest.raises(RequestError):

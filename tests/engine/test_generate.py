@@ -517,7 +517,6 @@ IDS = torch.full((2, 5), 7)
         ([[5, 6], [7]], {"attention_mask": [[1, 1], [1, 0]]}, r"uneven length, which need no attention_mask"),
         (IDS, {"inputs": IDS}, r"input_ids and inputs are both given"),
         (IDS, {"inputs_embeds": torch.zeros(2, 5, 32)}, r"inputs_embeds: generation starts from token ids"),
-        (IDS, {"assistant_model": object()}, r"assistant_model: assisted decoding is not supported"),
         (IDS, {"token_type_ids": torch.ones(2, 5)}, r"token_type_ids are not all 0"),
         (IDS, {"temperature": -1}, r"temperature is -1"),
         (IDS, {"max_new_token": 4}, r"unknown generation option 'max_new_token'; nearest: max_new_tokens"),

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from taut import AutoModelForCausalLM
+from taut.engine.draft_model import Assistant, DraftModel
 from taut.engine.engine import Engine
+from taut.engine.lookup import Lookup
 from taut.engine.request import Request, SamplingParams
+from tests.engine.guesses import Always
 from tests.families import CASES, VOCAB, checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -111,3 +114,25 @@ def test_nan_ends_the_request_by_name():
     while engine.has_work:
         engine.step()
     assert request.finish_reason == "error" and "model.layers.1.mlp" in str(request.error)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope", "llama-rope-dynamic"])
+def test_guesses_beside_graphs_change_no_token(name):
+    """Drafts chain on the device; the steps that check them are no graphs, those between them are."""
+    model = load(name)
+    want = outputs(Engine(model, cache_tokens=512), requests())
+    drafts = DraftModel(model, num_pages=64)
+    for drafter in (Assistant(drafts, model, 6), Lookup(6)):
+        engine = Engine(model, cache_tokens=512)
+        engine.ledger = Always()
+        asked = requests()
+        for request in asked:
+            request.drafter = drafter
+        assert outputs(engine, asked) == want
+        assert engine.pages.free == engine.pages.count and drafts.pages.free == drafts.pages.count
+    assert drafts.graphs is not None and drafts.graphs._graphs
+    many = [Request([5, 6, 7, 5, 6, 7, 5, 6], SamplingParams(60)) for _ in range(2)]
+    engine = Engine(model, cache_tokens=512)
+    many[1].drafter = Lookup(6)  # with the ledger that measures
+    engine.run(many)
+    assert many[0].output == many[1].output
