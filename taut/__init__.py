@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import taut` (and `taut --help`) costs nothing.
 _HOMES = {
     "AsyncTextIteratorStreamer": "taut.engine.streamers",
+    "AutoConfig": "taut.auto",
     "AutoModel": "taut.auto",
     "AutoModelForCausalLM": "taut.auto",
     "AutoModelForMaskedLM": "taut.auto",
@@ -33,6 +34,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from taut.auto import AutoConfig as AutoConfig
     from taut.auto import AutoModel as AutoModel
     from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from taut.auto import AutoModelForMaskedLM as AutoModelForMaskedLM

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from taut.checkpoint import open_checkpoint
+from taut.checkpoint.base import read_json
 from taut.config import ModelConfig
 from taut.errors import ConfigError, nearest
+from taut.hub import config_file
 from taut.modeling import (
     CausalLM,
     HeadlessModel,
@@ -18,7 +22,58 @@ from taut.modeling import (
 )
 from taut.modeling.base import PreTrainedModel
 from taut.modeling.causal import CAUSAL
-from taut.models import families, family, kind, stem
+from taut.models import families, family, kind, read_config, stem
+
+
+class AutoConfig:
+    """Reads what a model is, without its weights."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoConfig is not a config; call AutoConfig.from_pretrained(name)")
+
+    @staticmethod
+    def from_pretrained(
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        gguf_file: str | None = None,
+        trust_remote_code: bool | None = None,
+        **changes: Any,
+    ) -> ModelConfig:
+        """The config of a folder, a `.gguf` file or a Hub id, of which nothing else is downloaded. `changes`
+        take the place of what `config.json` says, under its names. It has these names too
+        (`config.hidden_size`), and `from_config` and `from_pretrained(config=...)` take it.
+
+        Raises `CheckpointError` where there is none, and `ConfigError` for what Taut does not know or accept;
+        no code of a repository is run, whatever `trust_remote_code` says.
+        """
+        path = config_file(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            gguf_file=gguf_file,
+        )
+        data = read_json(path) if path.suffix == ".json" else open_checkpoint(path).config
+        return _read({**data, **changes}, changes, str(path))
+
+    @staticmethod
+    def for_model(model_type: str, **values: Any) -> ModelConfig:
+        """The config of a family, with these values and its defaults for others."""
+        return _read({"model_type": model_type, **values}, values, model_type)
+
+
+def _read(data: dict[str, Any], given: Mapping[str, Any], source: str) -> ModelConfig:
+    """The config, where it has read all that was `given` by hand."""
+    config = read_config(data, source)
+    for name in given:
+        if name in config.unused:
+            raise ConfigError(f"{source}: a {config.model_type!r} has no {name!r}{nearest(name, data)}")
+    return config
 
 
 class _Auto(PreTrainedModel):

@@ -69,6 +69,35 @@ def resolve(
     raise CheckpointError(f"{name}: the Hub repository holds no {missing}{_holds(names)}")
 
 
+def config_file(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    gguf_file: str | None = None,
+) -> Path:
+    """The `config.json`, or the `.gguf` file, that says what the model `name` is; nothing else is downloaded.
+    Names and options are those of `resolve`."""
+    path = Path(name).expanduser()
+    if path.exists() or _looks_like_path(name):
+        found = _local(path, gguf_file, weights=True)
+        if found.is_dir() and not (found / "config.json").is_file():
+            raise CheckpointError(f"{found}: no config.json{_holds(e.name for e in found.iterdir())}")
+        return found if found.is_file() else found / "config.json"
+    hub = _Hub(str(name), revision, cache_dir, token, local_files_only)
+    if gguf_file is not None:
+        return hub.file(gguf_file)
+    folder = hub.folder(("config.json",))
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    names = hub.names(folder)
+    if choice := _only_gguf(str(name), names):
+        return hub.file(choice)
+    raise CheckpointError(f"{name}: the Hub repository holds no config.json{_holds(names)}")
+
+
 def _looks_like_path(name: str | os.PathLike[str]) -> bool:
     if not isinstance(name, str):
         return True

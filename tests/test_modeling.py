@@ -49,6 +49,38 @@ def test_bad_load_options_are_named(folder, options, error, message):
         AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
+def test_a_config_is_read_without_weights_and_given_to_a_model(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    config = taut.AutoConfig.from_pretrained(tmp_path)
+    assert config == read_config(json.loads((folder / "config.json").read_text()))
+    assert (config.model_type, config.hidden_size, len(config.layers)) == ("llama", 48, 3)
+    changed = taut.AutoConfig.from_pretrained(folder, rms_norm_eps=0.5, trust_remote_code=True)
+    given = AutoModelForCausalLM.from_pretrained(folder, config=changed)
+    assert given.model.norm.config.eps == 0.5 and given.config.source["rms_norm_eps"] == 0.5
+    import transformers
+
+    theirs = transformers.AutoConfig.from_pretrained(folder, rms_norm_eps=0.5)
+    same = AutoModelForCausalLM.from_pretrained(folder, config=theirs)
+    assert torch.equal(same(IDS).logits, given(IDS).logits)
+    values = {key: value for key, value in config.source.items() if key != "model_type"}
+    assert AutoModelForCausalLM.from_config(taut.AutoConfig.for_model("llama", **values)).config == config
+
+
+def test_what_is_wrong_with_a_config_is_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match="a 'llama' has no 'rms_norm_epsilon'; nearest: rms_norm_eps"):
+        taut.AutoConfig.from_pretrained(folder, rms_norm_epsilon=1e-5)
+    with pytest.raises(ConfigError, match="'hidden_act' is 'relu6'; known"):
+        taut.AutoConfig.from_pretrained(folder, hidden_act="relu6")
+    with pytest.raises(ConfigError, match=r"'model_type' is 'lama'.*nearest: llama"):
+        taut.AutoConfig.for_model("lama")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        taut.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="expected a JSON object, got int"):
+        AutoModelForCausalLM.from_pretrained(folder, config=4)
+    with pytest.raises(TypeError, match=r"call AutoConfig\.from_pretrained"):
+        taut.AutoConfig()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named(folder):
     with pytest.raises(RequestError, match="'cuda:3', but this PyTorch sees no CUDA GPU; use device='cpu'"):

@@ -119,6 +119,11 @@ class _Metadata:
                 raise self.error(key.removeprefix(self._prefix), "a setting Taut does not know")
 
 
+def model_types() -> set[str]:
+    """The families whose GGUF files are read."""
+    return {architecture.model_type for architecture in _ARCHITECTURES.values()}
+
+
 def open_gguf(path: Path) -> Checkpoint:
     """A `.gguf` file as a `Checkpoint`: config keys and tensor names are Hugging Face's.
 

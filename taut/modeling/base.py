@@ -193,6 +193,7 @@ class PreTrainedModel(nn.Module):
         cls: type[Self],
         name: str | Path,
         *,
+        config: Any = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | dict[str, Any] | None = None,
@@ -219,9 +220,10 @@ class PreTrainedModel(nn.Module):
     ) -> Self:
         """Load a folder, a `.gguf` file or a Hub id.
 
-        `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and 8-bit GGUF
-        files bfloat16 where the device computes in it, and on such a CPU their linear layers then stay
-        packed (any other choice dequantizes them). `device_map` (or `device`):
+        `config`, from `AutoConfig.from_pretrained` (or a dict, or transformers' own), takes the place of the
+        checkpoint's. `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and
+        8-bit GGUF files bfloat16 where the device computes in it, and on such a CPU their linear layers then
+        stay packed (any other choice dequantizes them). `device_map` (or `device`):
         "auto" (the first GPU, otherwise the CPU), a device, or `{"": device}`; default CPU.
         `attn_implementation`, `strict`: see `set_attn_implementation`; `use_flash_attention_2=True` is the
         older way to ask for "flash_attention_2". `load_in_4bit`, `load_in_8bit` and `quantization_config` (a
@@ -253,7 +255,11 @@ class PreTrainedModel(nn.Module):
             gguf_file=gguf_file,
         )
         checkpoint = unpacked(open_checkpoint(path))
-        config = read_config(checkpoint.config, f"{path}: config")
+        if config is None:
+            config = read_config(checkpoint.config, f"{path}: config")
+        elif not isinstance(config, ModelConfig):
+            given = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+            config = read_config(given, "config")
         chosen = cls.of(config, str(path))
         config = relabelled(
             config,
