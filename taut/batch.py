@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from taut.errors import RequestError
+from taut.kernels.attention import Pages
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class PagedKV:
     | `keys`, `values` | one `[pages, page_size, kv_heads, head_dim]` a layer | the whole cache |
     | `pages` | `[rows, max_pages]` int32 | page numbers of each row, in order; the tail is unused |
     | `lengths` | `[rows]` int32 | keys each row holds once this batch's keys are written |
-    | `slots` | `[tokens]` int64 | where each new key goes: `page * page_size + offset` |
+    | `slots` | `[tokens]` int64 or None | where each new key goes: `page * page_size + offset`; None: there \
+are none (a source's, which are all there before) |
     | `longest` | int | largest of `lengths`, on the host |
     | `first` | int or None | a lone row whose pages lie one after the other: the first of them, on the host |
     | `fresh` | bool | every key of these rows is one of this batch's own: nothing was cached before |
@@ -29,7 +31,7 @@ class PagedKV:
     values: tuple[Tensor, ...]
     pages: Tensor
     lengths: Tensor
-    slots: Tensor
+    slots: Tensor | None
     longest: int
     first: int | None = None
     fresh: bool = False
@@ -37,6 +39,28 @@ class PagedKV:
     @property
     def page_size(self) -> int:
         return self.keys[0].shape[1]
+
+    def layer(self, index: int) -> Pages:
+        """The cache of one layer, as attention takes it."""
+        return Pages(
+            self.keys[index], self.values[index], self.pages, self.lengths, self.longest, self.first
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a decoder's cross-attention attends to, where it isn't cached: hidden states of an encoder.
+
+    | field | shape | meaning |
+    |---|---|---|
+    | `hidden` | `[tokens, dim]` | the states of all rows end to end, one row for each of the decoder's |
+    | `starts` | `[rows + 1]` int32 | cumulative row boundaries |
+    | `longest` | int | longest row, on the host |
+    """
+
+    hidden: Tensor
+    starts: Tensor
+    longest: int
 
 
 # What the entries of a batch's tensors stand for, along dimension 0.
@@ -59,6 +83,8 @@ type, as `config.features` lists them; None: all are 0 |
     | `kv` | `PagedKV` or None | None: the keys are this batch's own (encoding, training) |
     | `totals` | `[rows]` int32 or None | final length of each row's sequence where it is known to be \
 longer than what this batch holds (chunked prefill); None: a row ends at its last token here |
+    | `source` | `Source`, `PagedKV` or None | what cross-attention attends to: an encoder's states, or the \
+keys and values that were made of them |
     """
 
     ids: Tensor | None = field(metadata=EACH_TOKEN)
@@ -69,6 +95,7 @@ longer than what this batch holds (chunked prefill); None: a row ends at its las
     embeds: Tensor | None = field(default=None, metadata=EACH_TOKEN)
     totals: Tensor | None = field(default=None, metadata=EACH_ROW)
     features: Tensor | None = field(default=None, metadata=EACH_TOKEN)
+    source: Source | PagedKV | None = None
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.embeds is None):

@@ -104,13 +104,29 @@ class Rope:
     interleaved: bool = False
 
 
+# The context of a model whose positions are relative: as many as 32 bits count.
+UNBOUNDED = 2**31 - 1
+
+
 @dataclass(frozen=True)
 class Positions:
-    """A learned embedding of each absolute position: position p is row `p + offset` of a table of
-    `count + offset` rows."""
+    """A vector for each absolute position: position p is row `p + offset` of a table of `count + offset`
+    rows. It is learned, or `sinusoidal` (Vaswani et al. 2017), the sines first and then the cosines."""
 
     count: int
     offset: int = 0
+    sinusoidal: bool = False
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A learned bias for each head and bucket of distances from query to key (T5; Raffel et al. 2020): near
+    distances have a bucket each, farther ones share them, all from `reach` on the last. `both`: keys behind
+    and ahead have buckets of their own; otherwise those ahead are never seen."""
+
+    buckets: int
+    reach: int
+    both: bool
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,8 @@ class Attn:
     `window`: a query sees itself and the `window - 1` tokens before it. `qk_norm` normalises queries and
     keys, each `qk_norm_of` a "head" with one weight for all, "own head" with a weight each, or "all" heads as
     one vector. `slopes`: ALiBi (Press et al. 2022), one a head. `clip` bounds the fused projection's output.
-    `sinks`: a learned score a head, as of one more key without a value (Xiao et al. 2023).
+    `sinks`: a learned score a head, as of one more key without a value (Xiao et al. 2023). `relative`: the
+    bias of distances, whose weights all layers with it share.
     """
 
     heads: int
@@ -177,6 +194,7 @@ class Attn:
     clip: float | None = None
     causal: bool = True
     sinks: bool = False
+    relative: Relative | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +228,8 @@ class Moe:
 class Layer:
     """One block: `x = after(x + scale * post(attn(pre(x))))`, then the same with the MLP; a missing norm is
     the identity. `parallel`: attention and MLP both read the x that enters, and add to it; without a
-    `pre_mlp` the MLP reads what `pre_attn` gives."""
+    `pre_mlp` the MLP reads what `pre_attn` gives. `cross`: between the two, attention to what an encoder
+    gave, with norms of its own."""
 
     attn: Attn
     mlp: Mlp | Moe
@@ -222,13 +241,19 @@ class Layer:
     after_mlp: Norm | None = None
     scale: float | None = None
     parallel: bool = False
+    cross: Attn | None = None
+    pre_cross: Norm | None = None
+    after_cross: Norm | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model, a "decoder" or an "encoder" by its `kind`. `context` is in tokens; `source` is the
-    `config.json` it was read from, `names` what it calls keys that others call by the usual name, and
-    `unused` lists the keys of it that nothing read or ignored by name.
+    """A whole model, a "decoder", an "encoder" or an "encoder-decoder" by its `kind`. `context` is in tokens;
+    `source` is the `config.json` it was read from, `names` what it calls keys that others call by the usual
+    name, and `unused` lists the keys of it that nothing read or ignored by name.
+
+    Of an encoder-decoder this is the decoder, and `encoder` what its layers' `cross` attends to; `shared`:
+    both look tokens up in one table. `decoder_start_token_id` comes before the first token that it generates.
 
     The embedding table has rows of `embed_dim`, times `embed_scale`; another `embed_dim` than `dim` is
     projected to `dim` on the way in and back on the way out. Whatever enters is multiplied by `input_scale`,
@@ -236,6 +261,9 @@ class ModelConfig:
 
     An encoder adds `positions` and `features` to the embedding, in `embed_dim`; then come `embed_norm` and
     the projection to `dim`. `weights_of` names for each layer the first one with the same weights.
+
+    Looking up the token `padding` teaches its vector nothing. `wide`: between blocks a float16 model is
+    float32, since what they add up to is too large.
     """
 
     model_type: str
@@ -251,6 +279,8 @@ class ModelConfig:
     input_scale: float | None = None
     positions: Positions | None = None
     embed_norm: Norm | None = None
+    padding: int | None = None
+    wide: bool = False
     head_bias: bool = False
     logit_scale: float | None = None
     logit_softcap: float | None = None
@@ -258,6 +288,9 @@ class ModelConfig:
     features: tuple[Features, ...] = ()
     weights_of: tuple[int, ...] | None = None
     heads: Heads = Heads(pooling="last", bias=False)
+    encoder: ModelConfig | None = None
+    shared: bool = True
+    decoder_start_token_id: int | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Self-attention: fused projection, optional head norms, rotation, cache write, attention, output."""
+"""Attention of a row to itself, and of a decoder's row to what an encoder gave."""
 
 from __future__ import annotations
 
@@ -7,30 +7,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from taut.batch import Batch
+from taut.batch import Batch, PagedKV
 from taut.config import Attn
-from taut.errors import ConfigError
-from taut.kernels.attention import Pages, Scoring, attention
+from taut.errors import ConfigError, RequestError
+from taut.kernels.attention import KeyRows, Pages, Scoring, attention
 from taut.kernels.dispatch import ops
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of layer `index` (its place in the cache)."""
+    """What attention to oneself and to an encoder share: how scores become weights.
 
-    def __init__(self, config: Attn, dim: int, index: int, *, dtype: torch.dtype | None = None):
+    `index` is the place of its layer in the cache; `only`, if set, names the implementations allowed.
+    """
+
+    def __init__(self, config: Attn, index: int, dtype: torch.dtype | None):
         super().__init__()
         self.config, self.index = config, index
-        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv_proj = Linear(
-            dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias, dtype=dtype
-        )
-        self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
-        self.q_norm = _norm_of(config, config.heads, dtype)
-        self.k_norm = _norm_of(config, config.kv_heads, dtype)
         slopes = None if config.slopes is None else torch.tensor(config.slopes, device="cpu")
-        self._scoring = Scoring(config.scale, config.causal, config.window, config.softcap, slopes)
+        # The table comes with each call; that there is one decides what can run.
+        relative = None if config.relative is None else torch.zeros(config.heads, 1, device="cpu")
+        self._scoring = Scoring(config.scale, config.causal, config.window, config.softcap, slopes, relative)
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if config.sinks else None
         self.only: tuple[str, ...] | None = None
 
@@ -39,6 +37,20 @@ class Attention(nn.Module):
         """How this layer's scores become weights."""
         return self._scoring if self.sinks is None else replace(self._scoring, sinks=self.sinks)
 
+
+class SelfAttention(Attention):
+    """Grouped-query attention of a row to itself."""
+
+    def __init__(self, config: Attn, dim: int, index: int, *, dtype: torch.dtype | None = None):
+        super().__init__(config, index, dtype)
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkv_proj = Linear(
+            dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias, dtype=dtype
+        )
+        self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
+        self.q_norm = _norm_of(config, config.heads, dtype)
+        self.k_norm = _norm_of(config, config.kv_heads, dtype)
+
     def forward(
         self,
         x: Tensor,
@@ -46,8 +58,10 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         norm: Norm | None = None,
         residual: Tensor | None = None,
+        relative: Tensor | None = None,
     ) -> Tensor:
-        """`residual + o(attention(norm(x)))`, norm and residual where given."""
+        """`residual + o(attention(norm(x)))`, norm and residual where given; `relative`
+        `[heads, 2 * reach + 1]`: what distances add to the scores."""
         c = self.config
         qkv = self.qkv_proj(x, norm=norm)  # [tokens, (heads + 2 kv_heads) * head_dim]
         if c.clip is not None:
@@ -56,15 +70,13 @@ class Attention(nn.Module):
         if batch.kv is None:
             q, k, v = self._heads(qkv, rotation)
         else:
-            kv = batch.kv
-            pages = Pages(
-                kv.keys[self.index], kv.values[self.index], kv.pages, kv.lengths, kv.longest, kv.first
-            )
-            q, k, v = self._store(qkv, rotation, pages, kv.slots, kv.fresh)
-            pages = None if kv.fresh else pages
+            pages = batch.kv.layer(self.index)
+            q, k, v = self._store(qkv, rotation, pages, batch.kv.slots, batch.kv.fresh)
+            pages = None if batch.kv.fresh else pages
         if self._scoring.slopes is not None and self._scoring.slopes.device != q.device:
             self._scoring = replace(self._scoring, slopes=self._scoring.slopes.to(q.device))
-        out = attention(q, k, v, batch.starts, batch.longest, self.scoring, pages, self.only)
+        scoring = self.scoring if relative is None else replace(self.scoring, relative=relative)
+        out = attention(q, k, v, batch.starts, batch.longest, scoring, pages, self.only)
         return self.o_proj(out.flatten(1), residual=residual)
 
     def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,6 +123,40 @@ class Attention(nn.Module):
     def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
         """`heads` `[tokens, heads, head_dim]` under a query or key norm."""
         return norm(heads.flatten(1)).view_as(heads) if self.config.qk_norm_of == "all" else norm(heads)
+
+
+class CrossAttention(Attention):
+    """Grouped-query attention of a decoder's row to the hidden states of its source, of `source_dim`."""
+
+    def __init__(
+        self, config: Attn, dim: int, index: int, source_dim: int, *, dtype: torch.dtype | None = None
+    ):
+        super().__init__(config, index, dtype)
+        q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = Linear(dim, q, bias=config.qkv_bias, dtype=dtype)
+        self.kv_proj = Linear(source_dim, {"k_proj": kv, "v_proj": kv}, bias=config.qkv_bias, dtype=dtype)
+        self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
+
+    def forward(
+        self, x: Tensor, batch: Batch, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`residual + o(attention(norm(x)))`, norm and residual where given."""
+        q = self.q_proj(x, norm=norm).unflatten(-1, (-1, self.config.head_dim))
+        k, v, pages, rows, source = None, None, None, None, batch.source
+        if source is None:
+            raise RequestError("a decoder with cross-attention needs a batch with a source")
+        if isinstance(source, PagedKV):
+            pages = source.layer(self.index)
+        else:
+            k, v = self.keys(source.hidden)
+            rows = KeyRows(source.starts, source.longest)
+        out = attention(q, k, v, batch.starts, batch.longest, self.scoring, pages, self.only, rows)
+        return self.o_proj(out.flatten(1), residual=residual)
+
+    def keys(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[tokens, kv_heads, head_dim]` of a source's hidden states `[tokens, dim]`."""
+        kv = self.kv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
+        return kv[:, : self.config.kv_heads], kv[:, self.config.kv_heads :]
 
 
 def _norm_of(config: Attn, heads: int, dtype: torch.dtype | None) -> Norm | HeadNorm | None:

@@ -12,8 +12,8 @@ from taut.batch import Batch
 from taut.config import Layer, Mlp, ModelConfig, Moe
 from taut.config import Norm as NormConfig
 from taut.errors import RequestError
-from taut.layers.attention import Attention
-from taut.layers.embedding import Embedding, PositionEmbedding
+from taut.layers.attention import CrossAttention, SelfAttention
+from taut.layers.embedding import Embedding, PositionEmbedding, RelativeBias
 from taut.layers.linear import Linear
 from taut.layers.mlp import GatedMlp, PlainMlp
 from taut.layers.moe import MoeMlp
@@ -22,9 +22,18 @@ from taut.layers.rope import Rotary
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with the norms its `Layer` describes around it and a residual."""
+    """Attention, to oneself and perhaps to a source of `source_dim`, and MLP, each with the norms its `Layer`
+    describes around it and a residual."""
 
-    def __init__(self, layer: Layer, dim: int, index: int, *, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        layer: Layer,
+        dim: int,
+        index: int,
+        *,
+        source_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
 
         def norm(config: NormConfig | None) -> Norm | None:
@@ -32,21 +41,34 @@ class Block(nn.Module):
 
         self.config = layer
         self.input_layernorm = norm(layer.pre_attn)
-        self.self_attn = Attention(layer.attn, dim, index, dtype=dtype)
+        self.self_attn = SelfAttention(layer.attn, dim, index, dtype=dtype)
         self.post_attention_layernorm = norm(layer.post_attn)
         self.after_attention_layernorm = norm(layer.after_attn)
+        self.encoder_attn = None
+        if layer.cross is not None:
+            self.pre_encoder_attention_layernorm = norm(layer.pre_cross)
+            self.encoder_attn = CrossAttention(layer.cross, dim, index, source_dim or dim, dtype=dtype)
+            self.after_encoder_attention_layernorm = norm(layer.after_cross)
         self.pre_feedforward_layernorm = norm(layer.pre_mlp)
         self.mlp = _mlp_of(layer.mlp)(layer.mlp, dim, dtype=dtype)
         self.post_feedforward_layernorm = norm(layer.post_mlp)
         self.after_feedforward_layernorm = norm(layer.after_mlp)
 
-    def forward(self, x: Tensor, batch: Batch, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        attend = partial(self.self_attn, batch=batch, rotation=rotation)
+    def forward(
+        self,
+        x: Tensor,
+        batch: Batch,
+        rotation: tuple[Tensor, Tensor] | None,
+        relative: Tensor | None = None,
+    ) -> Tensor:
+        attend = partial(self.self_attn, batch=batch, rotation=rotation, relative=relative)
         if self.config.parallel:
             return self._parallel(x, attend)
         x = self._add(x, self.input_layernorm, attend, self.post_attention_layernorm)
         if self.after_attention_layernorm is not None:
             x = self.after_attention_layernorm(x)
+        if self.encoder_attn is not None:
+            x = self._cross(x, batch)
         x = self._add(x, self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm)
         return x if self.after_feedforward_layernorm is None else self.after_feedforward_layernorm(x)
 
@@ -58,6 +80,12 @@ class Block(nn.Module):
         y = inner(x, norm=pre)
         y = y if post is None else post(y)
         return x + y if self.config.scale is None else torch.add(x, y, alpha=self.config.scale)
+
+    def _cross(self, x: Tensor, batch: Batch) -> Tensor:
+        """`after(x + attn(pre(x), source))`"""
+        x = self._add(x, self.pre_encoder_attention_layernorm, partial(self.encoder_attn, batch=batch), None)
+        after = self.after_encoder_attention_layernorm
+        return x if after is None else after(x)
 
     def _parallel(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
         """`x + attend(pre(x)) + mlp(pre(x))`, under one norm or one each."""
@@ -85,10 +113,16 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.make_embedding(config, dtype)
+        self.relative_bias = None
+        if (biased := next((layer.attn for layer in config.layers if layer.attn.relative), None)) is not None:
+            self.relative_bias = RelativeBias(biased.relative, biased.heads, dtype=dtype)
+        source_dim = None if config.encoder is None else config.encoder.dim
         made: dict[int, Block] = {}
         for index, first in enumerate(config.weights_of or range(len(config.layers))):
             if first not in made:
-                made[first] = Block(config.layers[index], config.dim, index, dtype=dtype)
+                made[first] = Block(
+                    config.layers[index], config.dim, index, source_dim=source_dim, dtype=dtype
+                )
         self.layers = nn.ModuleList(made[i] for i in config.weights_of or made)
         self.norm = Norm(config.norm, config.dim, dtype=dtype) if config.norm else None
         # Layers that rotate alike share their angles, which are computed once a batch.
@@ -107,8 +141,11 @@ class Stack(nn.Module):
         """Hidden states `[tokens, dim]` after the final norm; new keys are written to `batch.kv`."""
         x = self.embed(batch)
         rotations = {rope: rotary(batch, x.dtype) for rope, rotary in self.rotaries.items()}
+        relative = None if self.relative_bias is None else self.relative_bias()
+        if self.config.wide and x.dtype is torch.float16:
+            x = x.float()
         for layer in self.layers:
-            x = layer(x, batch, rotations.get(layer.config.attn.rope))
+            x = layer(x, batch, rotations.get(layer.config.attn.rope), relative)
         return x if self.norm is None else self.norm(x)
 
 
@@ -117,7 +154,7 @@ class Decoder(Stack):
 
     def make_embedding(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
         dim, inner = config.dim, config.embed_dim or config.dim
-        self.embed_tokens = Embedding(config.vocab_size, inner, scale=config.embed_scale, dtype=dtype)
+        self.embed_tokens = embedding(config, dtype)
         self.project_in = Linear(inner, dim, dtype=dtype) if inner != dim else None
         self.embed_positions = (
             PositionEmbedding(config.positions, dim, dtype=dtype) if config.positions is not None else None
@@ -139,3 +176,9 @@ class Decoder(Stack):
         if self.embed_positions is not None:
             x = x + self.embed_positions(batch)
         return x if self.embed_layernorm is None else self.embed_layernorm(x)
+
+
+def embedding(config: ModelConfig, dtype: torch.dtype | None) -> Embedding:
+    """The table of a model's tokens."""
+    width, scale = config.embed_dim or config.dim, config.embed_scale
+    return Embedding(config.vocab_size, width, scale=scale, padding=config.padding, dtype=dtype)

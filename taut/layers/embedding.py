@@ -1,7 +1,8 @@
-"""Token embedding, which is also the head's matrix where the two are tied, and learned positions."""
+"""Token embedding, which is also the head's matrix where the two are tied, and what positions add."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,24 +10,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taut.batch import Batch
-from taut.config import Positions
+from taut.config import Positions, Relative
 from taut.errors import RequestError
 from taut.kernels.linear import block, linear, why_not_blocked
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` `[vocab, dim]` by id, times `scale` (rounded to the weight's dtype)."""
+    """Rows of `weight` `[vocab, dim]` by id, times `scale` (rounded to the weight's dtype). Looking up the id
+    `padding` gives its row no gradient."""
 
-    def __init__(self, vocab: int, dim: int, *, scale: float | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        *,
+        scale: float | None = None,
+        padding: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, dim, dtype=dtype))
-        self.scale = scale
+        self.scale, self.padding = scale, padding
         self._head: tuple[tuple[int, int], Tensor] | None = (
             None  # version of the weight, and its blocked copy
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.weight)
+        x = F.embedding(ids, self.weight, self.padding)
         return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype)
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -57,22 +67,72 @@ class Embedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector `[dim]` for each absolute position."""
+    """A vector `[dim]` for each absolute position, learned or computed (`Positions.sinusoidal`)."""
 
     def __init__(self, config: Positions, dim: int, *, dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.count + config.offset, dim, dtype=dtype))
+        table = torch.empty(config.count + config.offset, dim, dtype=dtype)
+        self.weight = nn.Parameter(table, requires_grad=not config.sinusoidal)
 
     def forward(self, batch: Batch) -> Tensor:
         """`[tokens, dim]`. `RequestError` for a row longer than the table; the engine refuses such rows
         before they begin."""
         if batch.kv is None and batch.longest > self.config.count:
             raise RequestError(
-                f"a row has {batch.longest} tokens, and the model has learned {self.config.count} positions; "
+                f"a row has {batch.longest} tokens, and the model has {self.config.count} positions; "
                 "shorten it (truncation=True, max_length=...)"
             )
         return F.embedding(batch.positions + self.config.offset, self.weight)
 
+    def compute(self) -> None:
+        """Fill the table of sinusoidal positions."""
+        count, dim = self.weight.shape
+        angles = torch.arange(count, dtype=torch.float64)[:, None] / 10000.0 ** (
+            torch.arange(0, dim, 2, dtype=torch.float64) / dim
+        )
+        table = torch.cat((angles.sin(), angles[:, : dim // 2].cos()), 1)
+        with torch.no_grad():
+            self.weight.copy_(table.float())
+
     def extra_repr(self) -> str:
         return f"{self.config.count}, {self.weight.shape[1]}, offset={self.config.offset}"
+
+
+class RelativeBias(nn.Module):
+    """What the distance from query to key adds to each head's score: `weight` `[buckets, heads]`."""
+
+    def __init__(self, config: Relative, heads: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.buckets, heads, dtype=dtype))
+        with torch.device("cpu"):  # models are built under the meta device
+            buckets = relative_buckets(config)
+        self._buckets = {buckets.device: buckets}
+
+    def forward(self) -> Tensor:
+        """The bias of each distance, `[heads, 2 * reach + 1]`, as `kernels.attention.Scoring` takes it."""
+        device = self.weight.device
+        if device not in self._buckets:
+            self._buckets[device] = self._buckets[torch.device("cpu")].to(device)
+        return F.embedding(self._buckets[device], self.weight).t().contiguous()
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}, reach={self.config.reach}, both={self.config.both}"
+
+
+def relative_buckets(config: Relative) -> Tensor:
+    """The bucket of each distance from `-reach` to `reach` (key position - query position), int64."""
+    ahead = torch.arange(-config.reach, config.reach + 1)
+    count, first = config.buckets, torch.zeros_like(ahead)
+    if config.both:
+        count //= 2
+        first = (ahead > 0) * count
+        distance = ahead.abs()
+    else:
+        distance = (-ahead).clamp(min=0)
+    near = count // 2  # distances with a bucket each; those of the others grow by powers
+    # In float32, as the model was trained: it decides at which distance a bucket ends.
+    power = torch.log(distance.float() / near) / math.log(config.reach / near) * (count - near)
+    far = (near + power.clamp(min=0).long()).clamp(max=count - 1)
+    return first + torch.where(distance < near, distance, far)

@@ -9,7 +9,7 @@ from taut.batch import Batch
 from taut.config import ModelConfig
 from taut.config import Transform as TransformConfig
 from taut.kernels.act import ACTIVATIONS
-from taut.layers.block import Stack
+from taut.layers.block import Stack, embedding
 from taut.layers.embedding import Embedding, PositionEmbedding
 from taut.layers.linear import Linear
 from taut.layers.norm import Norm
@@ -29,7 +29,7 @@ class Encoder(Stack):
 
     def make_embedding(self, config: ModelConfig, dtype: torch.dtype | None) -> None:
         inner = config.embed_dim or config.dim
-        self.embed_tokens = Embedding(config.vocab_size, inner, scale=config.embed_scale, dtype=dtype)
+        self.embed_tokens = embedding(config, dtype)
         self.embed_positions = (
             PositionEmbedding(config.positions, inner, dtype=dtype) if config.positions is not None else None
         )

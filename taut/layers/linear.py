@@ -49,7 +49,12 @@ class Linear(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         """`residual + glu(norm(x) W^T + b)`, each part only where given: what stands around a product in a
-        block is part of the call, since for a few rows on a GPU one kernel does it all."""
+        block is part of the call, since for a few rows on a GPU one kernel does it all. `residual`, and an x
+        with a norm, may be of a wider dtype than the weight; the sum then is too."""
+        if norm is not None and x.dtype is not norm.weight.dtype:
+            x, norm = norm(x), None
+        if residual is not None and residual.dtype is not x.dtype:
+            return residual + self(x, norm=norm, act=act)
         if self.packed is not None:
             return self.packed(x if norm is None else norm(x), self.bias, act, residual)
         if self.weight.is_mkldnn and torch.is_grad_enabled():

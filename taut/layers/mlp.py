@@ -23,7 +23,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """`residual + down(act(gate(n)) * up(n))` with `n = norm(x)`, norm and residual where given."""
-        return self.down_proj(self.gate_up_proj(x, norm=norm, act=self.config.act), residual=residual)
+        return _add(self.down_proj, self.gate_up_proj(x, norm=norm, act=self.config.act), residual)
 
 
 class PlainMlp(nn.Module):
@@ -37,4 +37,16 @@ class PlainMlp(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """`residual + down(act(up(n)))` with `n = norm(x)`, norm and residual where given."""
-        return self.down_proj(ACTIVATIONS[self.config.act](self.up_proj(x, norm=norm)), residual=residual)
+        return _add(self.down_proj, ACTIVATIONS[self.config.act](self.up_proj(x, norm=norm)), residual)
+
+
+# What is lost below it in float16 is far below the rounding of what it makes room for.
+ROOM = 2.0**-6
+
+
+def _add(down: Linear, x: Tensor, residual: Tensor | None) -> Tensor:
+    """`residual + down(x)`. Where the residual is wider than x, it takes sums that x's dtype can't hold: the
+    product is made of a smaller x, and grows again, exactly, as it is added."""
+    if residual is None or residual.dtype is x.dtype or down.bias is not None:
+        return down(x, residual=residual)
+    return torch.add(residual, down(x * ROOM), alpha=1 / ROOM)

@@ -13,7 +13,7 @@ from taut.kernels.dispatch import ops
 
 
 class Norm(nn.Module):
-    """Normalises the last dimension `[..., dim]` as its config says."""
+    """Normalises the last dimension `[..., dim]` as its config says; gives the dtype of its weight."""
 
     def __init__(self, config: NormConfig, dim: int, *, dtype: torch.dtype | None = None):
         super().__init__()
@@ -22,10 +22,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim, dtype=dtype)) if config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = ops("norm", x)
+        kernel, dtype = ops("norm", x), self.weight.dtype
+        if x.dtype is not dtype:  # a stream that is wider than the model
+            weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        else:
+            weight, bias = self.weight, self.bias
         if self.config.kind == "rms":
-            return kernel.rms_norm(x, self.weight, self.config.eps, self.config.offset)
-        return kernel.layer_norm(x, self.weight, self.bias, self.config.eps)
+            return kernel.rms_norm(x, weight, self.config.eps, self.config.offset).to(dtype)
+        return kernel.layer_norm(x, weight, bias, self.config.eps).to(dtype)
 
     def arguments(self) -> dict[str, Any]:
         """An RMSNorm as the arguments of a kernel that does it before something else."""

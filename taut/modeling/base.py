@@ -389,10 +389,10 @@ class PreTrainedModel(nn.Module):
             warnings.warn(
                 "flash_attention_2 runs on GPUs; move the model there: model.to('cuda')", stacklevel=2
             )
-        for layer in self.blocks():
+        for attn in (module for module in self.modules() if isinstance(module, Attention)):
             if only is not None and self.device.type != "meta" and not moves:
-                self._require(layer.self_attn, only, name)
-            layer.self_attn.only = only
+                self._require(attn, only, name)
+            attn.only = only
 
     def _require(self, attn: Attention, only: tuple[str, ...], name: str) -> None:
         """Raise unless one of `only` can take this layer's attention on its device."""
