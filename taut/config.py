@@ -259,8 +259,9 @@ class ModelConfig:
     projected to `dim` on the way in and back on the way out. Whatever enters is multiplied by `input_scale`,
     then come `positions` and `embed_norm`. Logits are those of the head times `logit_scale`.
 
-    An encoder adds `positions` and `features` to the embedding, in `embed_dim`; then come `embed_norm` and
-    the projection to `dim`. `weights_of` names for each layer the first one with the same weights.
+    An encoder adds `positions` and `features` to the embedding, in `embed_dim`; then come `embed_norm` and,
+    where there is an `embed_dim`, the projection to `dim`. `weights_of` names for each layer the first one
+    with the same weights.
 
     Looking up the token `padding` teaches its vector nothing. `wide`: between blocks a float16 model is
     float32, since what they add up to is too large.

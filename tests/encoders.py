@@ -17,7 +17,28 @@ BERT = {
     "pad_token_id": 0,
 }
 
+ROBERTA = BERT | {"pad_token_id": 1, "max_position_embeddings": CONTEXT + 2}
+DISTILBERT = {
+    "vocab_size": VOCAB,
+    "dim": 48,
+    "n_layers": 3,
+    "n_heads": 6,
+    "hidden_dim": 80,
+    "max_position_embeddings": CONTEXT,
+}
+NARROW = BERT | {"embedding_size": 32}
+
 CASES = [
     Case("bert", "Bert", base=BERT),
     Case("bert-relu-three-types", "Bert", {"hidden_act": "relu", "type_vocab_size": 3}, BERT),
+    Case("roberta", "Roberta", base=ROBERTA),
+    Case("roberta-padding-0", "Roberta", {"pad_token_id": 0, "type_vocab_size": 1}, ROBERTA),
+    Case("xlm-roberta", "XLMRoberta", base=ROBERTA),
+    Case("camembert", "Camembert", base=ROBERTA),
+    Case("distilbert", "DistilBert", base=DISTILBERT),
+    Case("electra", "Electra", base=NARROW),
+    Case("electra-as-wide", "Electra", {"embedding_size": 48}, NARROW),
+    Case("albert", "Albert", base=NARROW),
+    Case("albert-groups", "Albert", {"num_hidden_groups": 2, "inner_group_num": 2}, NARROW),
+    Case("albert-as-wide", "Albert", {"embedding_size": 48, "hidden_act": "gelu"}, NARROW),
 ]

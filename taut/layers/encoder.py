@@ -39,7 +39,7 @@ class Encoder(Stack):
         )
         self._columns = [name for name, _ in columns]
         self.embed_layernorm = Norm(config.embed_norm, inner, dtype=dtype) if config.embed_norm else None
-        self.project_in = Linear(inner, config.dim, bias=True, dtype=dtype) if inner != config.dim else None
+        self.project_in = Linear(inner, config.dim, bias=True, dtype=dtype) if config.embed_dim else None
 
     def embed(self, batch: Batch) -> Tensor:
         x = self.embed_tokens(batch.ids) if batch.embeds is None else batch.embeds

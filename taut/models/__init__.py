@@ -1,7 +1,7 @@
-"""The families: `models/<model_type>.py` is the whole registry, each with its `ARCHITECTURE` (transformers'
-class with the head it was trained with), a `read` and `RULES`, or, where the files' layout depends on the
-config, `rules(config)`; and `MODULES`, the same for transformers' modules, where these have other names than
-its files."""
+"""The families: `models/<model_type>.py`, with underscores for hyphens, is the whole registry, each with its
+`ARCHITECTURE` (transformers' class with the head it was trained with), a `read` and `RULES`, or, where the
+files' layout depends on the config, `rules(config)`; and `MODULES`, the same for transformers' modules, where
+these have other names than its files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _HEADS: Mapping[str, tuple[Rule, ...]] = MappingProxyType({"decoder": (Rename("s
 
 
 def families() -> list[str]:
-    """Every `model_type` Taut knows, sorted."""
+    """Every `model_type` Taut knows, with underscores for hyphens, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def family(model_type: str) -> ModuleType:
     """The module of a `model_type`; `ConfigError` with the nearest names for an unknown one."""
-    known = families()
-    if model_type not in known:
+    known, name = families(), model_type.replace("-", "_")
+    if name not in known:
         raise ConfigError(
             f"'model_type' is {model_type!r}, which Taut does not know{nearest(model_type, known)}; "
             f"known: {', '.join(known)}"
         )
-    return import_module(f"{__name__}.{model_type}")
+    return import_module(f"{__name__}.{name}")
 
 
 def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:

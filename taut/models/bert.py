@@ -18,7 +18,7 @@ from taut.config import (
     activation,
     finish,
 )
-from taut.weights import Rename, Rule, renames
+from taut.weights import Rename, renames
 
 ARCHITECTURE = "BertForMaskedLM"
 
@@ -26,43 +26,39 @@ ARCHITECTURE = "BertForMaskedLM"
 IGNORED = ("*.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*")
 
 
-def body(prefix: str) -> tuple[Rule, ...]:
-    """The names of embeddings and blocks, inside `prefix`."""
-    return (
-        *renames(
-            "model",
-            {
-                "embeddings.word_embeddings": "embed_tokens",
-                "embeddings.position_embeddings": "embed_positions",
-                "embeddings.token_type_embeddings": "embed_features.token_type_embeddings",
-                "embeddings.LayerNorm": "embed_layernorm",
-                "encoder.layer.{}": "layers.{}",
-            },
-        ),
-        *renames(
-            "model.encoder.layer.{}",
-            {
-                "attention.self.query": "self_attn.q_proj",
-                "attention.self.key": "self_attn.k_proj",
-                "attention.self.value": "self_attn.v_proj",
-                "attention.output.dense": "self_attn.o_proj",
-                "attention.output.LayerNorm": "after_attention_layernorm",
-                "intermediate.dense": "mlp.up_proj",
-                "output.dense": "mlp.down_proj",
-                "output.LayerNorm": "after_feedforward_layernorm",
-            },
-        ),
-        Rename(prefix, "model"),
-    )
-
-
+_TABLES = ("token_type", "task_type", "x_position", "y_position", "h_position", "w_position")
+EMBEDDINGS = renames(
+    "model",
+    {
+        "embeddings.word_embeddings": "embed_tokens",
+        "embeddings.position_embeddings": "embed_positions",
+        "embeddings.LayerNorm": "embed_layernorm",
+    }
+    | {f"embeddings.{table}_embeddings": f"embed_features.{table}_embeddings" for table in _TABLES},
+)
+BLOCKS = (
+    Rename("model.encoder.layer.{}", "model.layers.{}"),
+    *renames(
+        "model.encoder.layer.{}",
+        {
+            "attention.self.query": "self_attn.q_proj",
+            "attention.self.key": "self_attn.k_proj",
+            "attention.self.value": "self_attn.v_proj",
+            "attention.output.dense": "self_attn.o_proj",
+            "attention.output.LayerNorm": "after_attention_layernorm",
+            "intermediate.dense": "mlp.up_proj",
+            "output.dense": "mlp.down_proj",
+            "output.LayerNorm": "after_feedforward_layernorm",
+        },
+    ),
+)
 # The head of masked tokens.
 MASKED = (
     Rename("cls.predictions.transform.dense", "lm_head.dense"),
     Rename("cls.predictions.transform.LayerNorm", "lm_head.layer_norm"),
     Rename("cls.predictions.bias", "lm_head.bias"),
 )
-RULES = (*body("bert"), *MASKED)
+RULES = (*EMBEDDINGS, *BLOCKS, Rename("bert", "model"), *MASKED)
 
 
 def read(r: Reader) -> ModelConfig:
@@ -80,6 +76,7 @@ def encoder(
     norm = layer_norm(r)
     types = (Features("token_type_ids", (("token_type_embeddings", r.int("type_vocab_size", 2)),)),)
     fields = {
+        "layers": post_norm_layers(r, act),
         "positions": positions or Positions(r.int("max_position_embeddings", 512)),
         "features": (*types, *features),
         "embed_norm": norm,
@@ -87,14 +84,14 @@ def encoder(
         "head_bias": True,
         "tied": r.bool("tie_word_embeddings", True),
     }
-    return finish(r, layers=post_norm_layers(r, act), norm=None, **(fields | changes))
+    return finish(r, norm=None, **(fields | changes))
 
 
 def layer_norm(r: Reader) -> Norm:
     return Norm(r.float("layer_norm_eps", 1e-12), kind="layer", bias=True)
 
 
-def post_norm_layers(r: Reader, act: str, norm: Norm | None = None) -> list[Layer]:
+def post_norm_layers(r: Reader, act: str, norm: Norm | None = None, count: int | None = None) -> list[Layer]:
     """Blocks that see the whole row, with biases everywhere and a norm behind each half."""
     dim, heads = r.int("hidden_size"), r.divisor("num_attention_heads", r.int("hidden_size"))
     attn = Attn(
@@ -110,4 +107,4 @@ def post_norm_layers(r: Reader, act: str, norm: Norm | None = None) -> list[Laye
     mlp = Mlp(r.int("intermediate_size"), act, bias=True, gated=False)
     norm = norm or layer_norm(r)
     layer = Layer(attn, mlp, pre_attn=None, pre_mlp=None, after_attn=norm, after_mlp=norm)
-    return [layer] * r.int("num_hidden_layers")
+    return [layer] * (count or r.int("num_hidden_layers"))
