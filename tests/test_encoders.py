@@ -14,20 +14,20 @@ from tests.encoders import CASES
 from tests.families import VOCAB, Case, checkpoint, oracle
 from tests.test_families import LENGTHS, close, every_device
 
-HEADS = {
-    "AutoModel": "Model",
-    "AutoModelForMaskedLM": "ForMaskedLM",
-    "AutoModelForSequenceClassification": "ForSequenceClassification",
-    "AutoModelForTokenClassification": "ForTokenClassification",
-    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
-}
-# Every head of each family's first case, where transformers has such a class, and of others the usual one.
+HEADS = (
+    "AutoModel",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+# Every head that transformers has for a family, of its first case; of its others the usual one.
 FIRST = {case.family: case for case in reversed(CASES)}
 MODELS = [
     (case, head)
     for case in CASES
-    for head, suffix in HEADS.items()
-    if hasattr(transformers, f"{case.family}{suffix}")
+    for head in HEADS
+    if getattr(transformers, f"{case.family}Config") in getattr(transformers, head)._model_mapping
     and (head == "AutoModelForMaskedLM" or FIRST[case.family] is case)
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -51,7 +51,9 @@ def inputs(case: Case, side: str, device: str = "cpu") -> dict[str, torch.Tensor
     found = {"input_ids": ids, "attention_mask": mask}
     for features in config.features:
         count = features.tables[0][1]
-        found[features.given] = torch.randint(0, count, (rows, width), generator=generator)
+        values = torch.randint(0, count, (rows, width, 4), generator=generator).sort(-1).values
+        values = values[..., [0, 2, 1, 3]]  # left, upper, right and lower edge
+        found[features.given] = values if features.given == "bbox" else values[..., 0]
     return {name: value.to(device) for name, value in found.items()}
 
 
@@ -150,7 +152,8 @@ def test_loss_and_gradients_equal_the_oracles_of_each_row_alone(case, head, devi
     reference.save_pretrained(tmp_path)  # so that saving gives gradients under the files' names
     expected = load_file(tmp_path / "model.safetensors")
     got = {tensor.name: tensor.read().cpu() for tensor in weights.store(model, model.rules())}
-    floor = 1e-3 * max(grad.abs().max() for grad in expected.values())
+    # Some gradients are zero but for rounding: one bias of all scores of a softmax moves no share.
+    floor = 1e-2 * max(grad.abs().max() for grad in expected.values())
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (got[name] - gradient).abs().max() <= 2e-4 * max(gradient.abs().max(), floor), name
