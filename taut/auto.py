@@ -91,7 +91,7 @@ class _Auto(PreTrainedModel):
 
     @classmethod
     def of(cls, config: ModelConfig, source: str = "the config") -> type[PreTrainedModel]:
-        if cls.model_type not in (None, config.model_type):
+        if cls.model_type not in (None, config.model_type.replace("-", "_")):
             general = next(base for base in cls.__mro__ if base.__name__ in AUTO)
             raise ConfigError(
                 f"{source} is a {config.model_type!r} and not a {cls.model_type!r}; "
