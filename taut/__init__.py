@@ -21,6 +21,7 @@ _HOMES = {
     "BitsAndBytesConfig": "taut.quant.config",
     "Batch": "taut.batch",
     "CausalLM": "taut.modeling",
+    "DynamicCache": "taut.engine.dynamic_cache",
     "Engine": "taut.engine.engine",
     "GenerationConfig": "taut.engine.generation",
     "Request": "taut.engine.request",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from taut.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from taut.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from taut.batch import Batch as Batch
+    from taut.engine.dynamic_cache import DynamicCache as DynamicCache
     from taut.engine.engine import Engine as Engine
     from taut.engine.generation import GenerationConfig as GenerationConfig
     from taut.engine.request import Request as Request

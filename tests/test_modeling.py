@@ -133,7 +133,7 @@ def test_damaged_folders_are_named_and_nothing_is_loaded(folder, tmp_path, damag
         ({"input_ids": IDS, "attention_mask": torch.ones(1, 6)}, r"attention_mask has shape \[1, 6\]"),
         ({"input_ids": IDS, "labels": IDS[:, :3]}, r"labels has shape \[1, 3\]"),
         ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "labels need every position's logits"),
-        ({"input_ids": IDS, "past_key_values": ()}, "past_key_values is not supported"),
+        ({"input_ids": IDS, "past_key_values": ()}, "past_key_values is a tuple; expected what"),
     ],
 )
 def test_bad_inputs_are_named(model, inputs, message):

@@ -14,6 +14,7 @@ from torch import Tensor
 from taut.engine.beams import Beams
 from taut.engine.draft_model import Assistant
 from taut.engine.drafts import Drafter
+from taut.engine.dynamic_cache import DynamicCache
 from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.guidance import Guidance
 from taut.engine.lookup import Lookup
@@ -31,14 +32,19 @@ REFUSED: Mapping[str, str] = {
     "custom_generate": "custom generation code is not run",
     "encoder_outputs": "encoder-decoder models are not supported",
     "inputs_embeds": "generation starts from token ids; pass input_ids",
-    "past_key_values": "the cache is made and freed by each call; pass the whole prompt as input_ids",
     "position_ids": "positions follow from attention_mask; leave position_ids out",
 }
 ARGUMENTS = (
     "input_ids", "inputs", "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
     "prefix_allowed_tokens_fn", "streamer", "tokenizer",
 )  # fmt: skip
-TAKEN = ("assistant_model", "token_type_ids", "negative_prompt_ids", "negative_prompt_attention_mask")
+TAKEN = (
+    "assistant_model",
+    "past_key_values",
+    "token_type_ids",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
 IGNORED = ("synced_gpus", "trust_remote_code", "use_model_defaults", "labels")
 
 
@@ -50,6 +56,7 @@ class Call:
     requests: list[Request]
     config: GenerationConfig
     pad: int | None
+    past: DynamicCache | None = None
 
     def collect(self) -> Tensor | GenerateOutput:
         """What `generate` returns, once all requests have finished."""
@@ -59,9 +66,15 @@ class Call:
         device = self.given.device
         given = self.given.repeat_interleave(len(rows) // len(self.given), dim=0)
         sequences = torch.cat((given, rectangle(tokens, pad, torch.int64, device)), dim=1)
+        if self.past is not None:
+            each = len(rows) // len(self.requests)
+            prompts = [self.requests[at // each].prompt for at in range(len(rows))]
+            whole = [[*prompt, *new][:-1] for prompt, new in zip(prompts, tokens, strict=True)]
+            self.past.become(whole, sequences.shape[1] - 1)
         if not config.return_dict_in_generate:
             return sequences
         output = GenerateOutput(sequences, finish_reasons=tuple(row.reason for row in rows))
+        output.past_key_values = self.past
         if config.output_scores:
             output.scores = steps([request.scores for request in self.requests], pad)
             if config.renormalize_logits:
@@ -115,7 +128,7 @@ def prepare(
     if seed is not None:
         options["seed"] = seed
     negative = options.pop("negative_prompt_ids", None), options.pop("negative_prompt_attention_mask", None)
-    assistant = options.pop("assistant_model", None)
+    assistant, past = options.pop("assistant_model", None), options.pop("past_key_values", None)
     config = _config(model, generation_config, options)
     _check_assistant(model, assistant, config)
     _check_together(config, negative[0] is not None)
@@ -145,6 +158,7 @@ def prepare(
                 "or one for all"
             )
 
+    _check_past(past, prompts, config)
     # Beams return several rows of one request.
     copies = 1 if config.beams > 1 else config.num_return_sequences or 1
     seeds = _seeds(config, len(prompts) * copies)
@@ -180,7 +194,38 @@ def prepare(
             )
         )
     _give_drafters(requests, assistant, config)
-    return Call(given, requests, config, pad)
+    if past is None and keep and config.use_cache is not False:
+        past = DynamicCache()
+    return Call(given, requests, config, pad, past)
+
+
+def _check_past(past: Any, prompts: list[list[int]], config: GenerationConfig) -> None:
+    """Raises `RequestError` unless the prompts go on from the rows of `past`."""
+    if past is None:
+        return
+    if not isinstance(past, DynamicCache):
+        raise RequestError(
+            f"past_key_values is a {type(past).__name__}; expected what an earlier call gave, or an empty "
+            "taut.DynamicCache()"
+        )
+    if config.use_cache is False:
+        raise RequestError("past_key_values is given and use_cache is False; leave out one of the two")
+    if past.tokens is None:
+        raise RequestError(
+            "past_key_values holds embeddings, and generation starts from token ids. Next step: go on from "
+            "it with the model's forward"
+        )
+    if past.tokens and len(past.tokens) != len(prompts):
+        raise RequestError(f"past_key_values has {len(past.tokens)} rows, and input_ids {len(prompts)}")
+    for row, (known, prompt) in enumerate(zip(past.tokens, prompts, strict=False)):
+        if prompt[: len(known)] != known:
+            pairs = enumerate(zip(known, prompt, strict=False))
+            at = next((at for at, (ours, given) in pairs if ours != given), len(prompt))
+            raise RequestError(
+                f"row {row} of input_ids does not go on from past_key_values: they differ at token {at} of "
+                f"{len(known)}. Next step: pass the whole row, from its first token, as input_ids; or leave "
+                "past_key_values out, which changes no token"
+            )
 
 
 def _check_assistant(model: Any, assistant: Any, config: GenerationConfig) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from taut.engine.beams import Beams
+from taut.engine.dynamic_cache import DynamicCache
 from taut.engine.request import Request, TokenLogprobs
 from taut.engine.stream import reason
 
@@ -27,6 +28,7 @@ processed / raw; a row that has ended holds 0 for the pad token and -inf for all
     | `sequences_scores` | of beams, with `output_scores`: `[rows]` float32, under the length penalty |
     | `beam_indices` | of beams: `[rows, new]` int32, each token's row of `scores`; -1 behind the end |
     | `logprobs` | with `logprobs`: for each row, its tokens' log-probabilities |
+    | `past_key_values` | the rows, but for their last tokens, for a call that goes on from them |
     | `finish_reasons` | one a row: "stop", "length", "stop_string", "time" or "cancelled" |
     """
 
@@ -36,6 +38,7 @@ processed / raw; a row that has ended holds 0 for the pad token and -inf for all
     sequences_scores: Tensor | None = None
     beam_indices: Tensor | None = None
     logprobs: tuple[list[TokenLogprobs], ...] | None = None
+    past_key_values: DynamicCache | None = None
     finish_reasons: tuple[str, ...] = ()
 
     def __getitem__(self, key: str | int) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taut.batch import Batch
 from taut.config import ModelConfig
+from taut.engine.dynamic_cache import DynamicCache
 from taut.engine.generation import GenerationConfig
 from taut.errors import RequestError
 from taut.kernels.linear_ce import linear_cross_entropy
@@ -75,7 +76,7 @@ class CausalLM(GenerationMixin, TextModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: None = None,
+        past_key_values: DynamicCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -95,10 +96,16 @@ class CausalLM(GenerationMixin, TextModel):
         `logits_to_keep` positions alone, if positive; beside a loss they are computed when somebody looks at
         them), and `hidden_states` and `attentions` if asked.
 
+        With `use_cache`, or with rows to go on from in `past_key_values` (as such a call gave them), it also
+        gives `past_key_values`: these rows and the new tokens. `attention_mask` then has a column for each
+        token so far, or for each new one. Nothing of it has gradients.
+
         Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
         """
-        if past_key_values is not None:
-            raise RequestError("past_key_values is not supported by forward; model.generate keeps the cache")
+        past = self._past(past_key_values, use_cache, labels)
+        if past is not None:
+            width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            attention_mask = past.new_columns(attention_mask, width)
         found = self.encode(
             input_ids,
             attention_mask,
@@ -106,6 +113,7 @@ class CausalLM(GenerationMixin, TextModel):
             inputs_embeds,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            past=past,
         )
         hidden, padding = found.hidden, found.padding
         kept, grid = (hidden, padding) if not logits_to_keep else padding.last(hidden, logits_to_keep)
@@ -117,13 +125,34 @@ class CausalLM(GenerationMixin, TextModel):
             loss = self._loss(hidden, targets, num_items_in_batch)
             # A long batch's logits are large, and who trains seldom looks at them.
             logits = Later(lambda: grid.unpack(self.logits(kept)))
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and past is None):
+                logits = grid.unpack(self.logits(kept))
         output = ModelOutput(
             loss=loss,
-            logits=grid.unpack(self.logits(kept)) if logits is None else logits,
-            past_key_values=None,
+            logits=logits,
+            past_key_values=past,
             **found.extras(),
         )
         return output if return_dict else output.to_tuple()
+
+    @staticmethod
+    def _past(given: Any, use_cache: bool | None, labels: Tensor | None) -> DynamicCache | None:
+        """The rows that a call goes on from and extends; None where it is not asked to."""
+        if given is None and not use_cache:
+            return None
+        if labels is not None:
+            raise RequestError(
+                "a loss has gradients and the cache keeps none; leave out use_cache and past_key_values"
+            )
+        if use_cache is False:
+            raise RequestError("past_key_values is given and use_cache is False; leave out one of the two")
+        if given is not None and not isinstance(given, DynamicCache):
+            raise RequestError(
+                f"past_key_values is a {type(given).__name__}; expected what a call with use_cache=True "
+                "gave, or an empty taut.DynamicCache()"
+            )
+        return DynamicCache() if given is None else given
 
     def _loss(self, hidden: Tensor, targets: Tensor, items: int | Tensor | None) -> Tensor:
         """Cross-entropy of the logits of `hidden` `[tokens, dim]` against `targets` `[tokens]`, a mean or a

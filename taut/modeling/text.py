@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from taut.batch import Batch, Padding, pack
 from taut.config import ModelConfig
+from taut.engine.dynamic_cache import DynamicCache
 from taut.errors import RequestError
 from taut.kernels.attention import attention_weights
 from taut.layers.block import Decoder
@@ -75,14 +76,15 @@ class TextModel(PreTrainedModel):
         features: Mapping[str, Tensor | None] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past: DynamicCache | None = None,
     ) -> Encoded:
         """Pack a padded batch and run the stack over it.
 
         `input_ids` `[rows, width]` int64 or `inputs_embeds` `[rows, width, dim]`; `attention_mask`
         `[rows, width]` with padding anywhere; `position_ids` `[rows, width]` that may restart to mark packed
         sequences; `features`: what comes with each token, `[rows, width]` (`bbox`: `[rows, width, 4]`), by
-        the name of its argument. Raises `RequestError` for shapes that don't match and, on a CPU, for values
-        that no table has.
+        the name of its argument; `past`: rows that these go on from, which are extended. Raises
+        `RequestError` for shapes that don't match and, on a CPU, for values that no table has.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give exactly one of input_ids and inputs_embeds")
@@ -93,12 +95,31 @@ class TextModel(PreTrainedModel):
         if position_ids is not None and encoder and self.config.positions is not None:
             position_ids = position_ids - self.config.positions.offset  # encoders' are rows of the table
         columns = self._columns(features or {}, grid)
-        batch, padding = pack(input_ids, attention_mask, position_ids, inputs_embeds, columns)
+        inside = position_ids if past is None else None  # they follow from rows that there are
+        batch, padding = pack(input_ids, attention_mask, inside, inputs_embeds, columns)
         found = Encoded(batch, padding, batch.positions)
         collected = attention_weights() if output_attentions else nullcontext([])
         with self._collect(bool(output_hidden_states)) as found.states, collected as found.weights:
-            found.hidden = self.model(batch) if output_attentions else self.packed(self.model, batch)
+            if past is not None:
+                self._go_on(found, past, position_ids)
+            else:
+                found.hidden = self.model(batch) if output_attentions else self.packed(self.model, batch)
         return found
+
+    @torch.no_grad()
+    def _go_on(self, found: Encoded, past: DynamicCache, position_ids: Tensor | None) -> None:
+        """Run the stack over tokens that continue rows; without gradients, which cached keys don't keep."""
+        found.batch = past.extend(self, found.batch)
+        if position_ids is not None:
+            grid = found.padding
+            given = grid.pack(position_ids.expand(grid.rows, grid.width).to(found.batch.positions.device))
+            if not torch.equal(given.to(found.batch.positions.dtype), found.batch.positions):
+                raise RequestError(
+                    "position_ids are not those of the tokens behind past_key_values, each row's own count "
+                    "from 0; leave position_ids out"
+                )
+        found.hidden = self.model(found.batch)
+        past.advance(found.batch, found.padding.width)
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.is_floating_point():
