@@ -11,12 +11,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "AsyncTextIteratorStreamer": "taut.engine.streamers",
     "AutoConfig": "taut.auto",
+    "AutoFeatureExtractor": "taut.processor",
+    "AutoImageProcessor": "taut.processor",
     "AutoModel": "taut.auto",
     "AutoModelForCausalLM": "taut.auto",
     "AutoModelForMaskedLM": "taut.auto",
     "AutoModelForQuestionAnswering": "taut.auto",
     "AutoModelForSequenceClassification": "taut.auto",
     "AutoModelForTokenClassification": "taut.auto",
+    "AutoProcessor": "taut.processor",
     "AutoTokenizer": "taut.tokenizer",
     "BitsAndBytesConfig": "taut.quant.config",
     "Batch": "taut.batch",
@@ -54,11 +57,16 @@ if TYPE_CHECKING:
     from taut.errors import TautError as TautError
     from taut.kernels.attention import attention_kernel as attention_kernel
     from taut.modeling import CausalLM as CausalLM
+    from taut.processor import AutoFeatureExtractor as AutoFeatureExtractor
+    from taut.processor import AutoImageProcessor as AutoImageProcessor
+    from taut.processor import AutoProcessor as AutoProcessor
     from taut.quant.config import BitsAndBytesConfig as BitsAndBytesConfig
     from taut.tokenizer import AutoTokenizer as AutoTokenizer
 
 
 def __getattr__(name: str) -> Any:
+    if name not in _HOMES and name.endswith(("Processor", "FeatureExtractor")):
+        return getattr(import_module("taut.processor"), name)
     if name not in _HOMES and ("For" in name or name.endswith("Model")):
         return import_module("taut.auto").family_class(name)
     if name not in _HOMES:

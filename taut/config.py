@@ -382,6 +382,10 @@ class Reader:
             raise ConfigError(f"{self.source}: {self._own(key)!r} is {value!r}; expected {kind}")
         return value
 
+    def value(self, key: str, default: T = None) -> Any | T:
+        """What stands there, unchecked."""
+        return self._get(key, default, (object,), "any value")
+
     def int(self, key: str, default: T = _REQUIRED, *, minimum: int = 1) -> int | T:
         value = self._get(key, default, (int, float), "an integer")
         if value is default:

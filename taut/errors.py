@@ -27,6 +27,13 @@ class TokenizerError(TautError):
     """A tokenizer file is missing or corrupt, or a text, id or chat template can't be processed."""
 
 
+class MediaError(TautError):
+    """An image or a sound is missing, corrupt, of an unknown kind or can't be processed. `index` is its place
+    in the list that was given, None where it was given alone."""
+
+    index: int | None = None
+
+
 class RequestError(TautError):
     """A generation request (prompt, option or combination of options) can't be served."""
 

@@ -16,7 +16,15 @@ T = TypeVar("T")
 # Read from a repository, at its top level only: configuration, tokenizer, weights. Never pickles, never code.
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 WEIGHT_FILES = ("*.safetensors",)
-TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*")
+# What turns text, images or sound into a model's inputs.
+INPUT_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 SKIPPED = ("*/*", "consolidated*.safetensors")  # the second: the same weights again, under other names
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -48,8 +56,8 @@ def resolve(
     `name` is a folder, a `.gguf` file or a Hub id `owner/repository`; whatever exists on disk or looks like
     a path (begins with `.`, `/` or `~`, ends with `.gguf`, has more than one `/`) is never asked from the
     Hub. `gguf_file` picks a GGUF file of the folder or repository. `weights=False` leaves safetensors files
-    out of a download (for a tokenizer). The other options are `huggingface_hub`'s. Raises `CheckpointError`
-    that says what to do next.
+    out of a download (for a tokenizer or processor). The other options are `huggingface_hub`'s. Raises
+    `CheckpointError` that says what to do next.
     """
     path = Path(name).expanduser()
     if gguf_file is not None and not gguf_file.endswith(".gguf"):
@@ -65,7 +73,7 @@ def resolve(
     names = hub.names(folder)
     if choice := _only_gguf(str(name), names):
         return hub.file(choice)
-    missing = "safetensors weights" if weights else "tokenizer"
+    missing = "safetensors weights" if weights else "tokenizer and no processor"
     raise CheckpointError(f"{name}: the Hub repository holds no {missing}{_holds(names)}")
 
 
@@ -136,7 +144,7 @@ def _local(path: Path, gguf_file: str | None, weights: bool) -> Path:
 
 
 def _has_model(folder: Path, weights: bool) -> bool:
-    patterns = WEIGHT_FILES if weights else TOKENIZER_FILES
+    patterns = WEIGHT_FILES if weights else INPUT_FILES
     return any(True for pattern in patterns for _ in folder.glob(pattern))
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, decoders, normalizers
 
 from taut.checkpoint.gguf import read_gguf
 from taut.errors import TokenizerError, nearest
 from taut.hub import resolve
+from taut.tokenizer import ctc
 from taut.tokenizer.gguf import tokenizer_from_gguf
 from taut.tokenizer.save import CONFIG, SPECIAL, TEMPLATE, TEMPLATES, TOKENIZER
 from taut.tokenizer.sentencepiece import build_sentencepiece, read_sentencepiece
@@ -26,7 +29,7 @@ _SETTINGS = (
     "padding_side", "truncation_side", "model_max_length", "model_input_names", "chat_template",
     "clean_up_tokenization_spaces", "split_special_tokens",
 )  # fmt: skip
-_OPTIONS = (*_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens")
+_OPTIONS = (*_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens", *ctc.SETTINGS)
 # Without meaning here, but part of many programs.
 _IGNORED = ("use_fast", "trust_remote_code", "legacy", "torch_dtype", "dtype")
 
@@ -57,6 +60,9 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "LlamaTokenizer": _LLAMA,
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
     "RobertaTokenizer": _ROBERTA,
+    "SiglipTokenizer": {
+        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "model_max_length": 64,
+    },
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "XLMRobertaTokenizer": _ROBERTA,
 }  # fmt: skip
@@ -81,7 +87,9 @@ class AutoTokenizer:
 
         `options` override the files: special tokens (`pad_token="<pad>"`), `extra_special_tokens`,
         `padding_side`, `truncation_side`, `model_max_length`, `model_input_names`, `chat_template`,
-        `clean_up_tokenization_spaces`, `split_special_tokens`, `add_bos_token`, `add_eos_token`.
+        `clean_up_tokenization_spaces`, `split_special_tokens`, `add_bos_token`, `add_eos_token`; and of a
+        speech model's characters `word_delimiter_token`, `replace_word_delimiter_char`, `do_lower_case` and
+        `target_lang`.
         Raises TokenizerError for missing or corrupt files, CheckpointError for a name that leads nowhere.
         """
         known = (*_OPTIONS, *SPECIAL_TOKENS)
@@ -99,6 +107,13 @@ class AutoTokenizer:
             gguf_file=gguf_file,
             weights=False,
         )
+        if path.is_dir() and _is_ctc(path):
+            return _ctc(path, str(name), options)
+        for option in ctc.SETTINGS:
+            if option in options:
+                raise TokenizerError(
+                    f"{option} is an option of CTC tokenizers ({ctc.VOCABULARY}), and {path} has another"
+                )
         backend, settings = _from_folder(path) if path.is_dir() else _from_gguf(path)
         special = {
             key: value
@@ -140,13 +155,51 @@ def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     return backend, {**settings, "special_tokens": special, "extra_special_tokens": extra}
 
 
+def _is_ctc(folder: Path) -> bool:
+    """Whether a folder's tokenizer is a `vocab.json` of characters."""
+    if not (folder / ctc.VOCABULARY).is_file():
+        return False
+    named = _read_json(folder / CONFIG).get("tokenizer_class")
+    others = any((folder / file).is_file() for file in (TOKENIZER, "merges.txt", *SENTENCEPIECE))
+    return named in ctc.CLASSES or (named is None and not others)
+
+
+def _ctc(folder: Path, name: str, options: Mapping[str, Any]) -> ctc.CTCTokenizer:
+    config = {**_read_json(folder / CONFIG), **options}
+    special, extra = _special_tokens(folder, config)
+    special = ctc.SPECIAL_TOKENS | special
+    settings = {key: config[key] for key in (*_SETTINGS, *ctc.SETTINGS) if config.get(key) is not None}
+    vocabulary = _read_json(folder / ctc.VOCABULARY)
+    backend = ctc.ctc_backend(
+        folder / ctc.VOCABULARY,
+        vocabulary,
+        config.get("target_lang"),
+        str(special.get("unk_token")),
+        str(special["word_delimiter_token"]),
+    )
+    _add_missing(folder, backend, config)
+    return ctc.CTCTokenizer(
+        backend,
+        name_or_path=name,
+        special_tokens=special,
+        extra_special_tokens=extra,
+        vocabularies=vocabulary if config.get("target_lang") is not None else None,
+        **settings,
+    )
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises plain exceptions
         raise TokenizerError(
             f"{path}: not a tokenizer that can be read, or a damaged one ({error}); download it again"
         ) from error
+    suffix = getattr(backend.model, "end_of_word_suffix", None)
+    if suffix and type(backend.decoder).__name__ == "ByteLevel":  # CLIP's files leave it in the text
+        steps = [decoders.ByteLevel(), decoders.Replace(suffix, " "), decoders.Strip(" ", 0, 1)]
+        backend.decoder = decoders.Sequence(steps)
+    return backend
 
 
 def _from_backend(backend: tokenizers.Tokenizer) -> dict[str, Any]:
@@ -180,8 +233,14 @@ def _from_sentencepiece(
         "pad_token": model.pad_id,
     }
     implied = {key: token for key, index in ids.items() if (token := model.text(index)) is not None}
-    # T5 ends a text; Llama and its relatives begin one.
-    ends = name == "T5Tokenizer" or (not name and path.name == "spiece.model")
+    if name == "SiglipTokenizer":  # pictures are described in small letters without punctuation
+        letters = [normalizers.Lowercase()] if config.get("do_lower_case", True) else []
+        plain = [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")]
+        spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        backend.normalizer = normalizers.Sequence([*letters, *plain, *spaces, backend.normalizer])
+        implied["pad_token"] = "</s>"
+    # T5 and SigLIP end a text; Llama and its relatives begin one.
+    ends = name in ("T5Tokenizer", "SiglipTokenizer") or (not name and path.name == "spiece.model")
     implied["add_bos_token"] = bool(config.get("add_bos_token", not ends))
     implied["add_eos_token"] = bool(config.get("add_eos_token", ends))
     return backend, implied

@@ -22,14 +22,18 @@ TEMPLATES = "additional_chat_templates"
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
     """Writes the files into `folder`, made if need be; returns their paths."""
-    if folder.exists() and not folder.is_dir():
-        raise TokenizerError(f"{folder} is a file; a tokenizer is saved into a folder")
     texts = {
         TOKENIZER: _backend(tokenizer),
         CONFIG: _json(_config(tokenizer)),
         SPECIAL: _json(tokenizer.special_tokens_map),
     }
-    texts |= _templates(tokenizer.chat_template)
+    return write_files(folder, texts | _templates(tokenizer.chat_template))
+
+
+def write_files(folder: Path, texts: Mapping[str, str]) -> tuple[str, ...]:
+    """Writes texts under their names into `folder`, made if need be; returns their paths."""
+    if folder.exists() and not folder.is_dir():
+        raise TokenizerError(f"{folder} is a file; a tokenizer is saved into a folder")
     for name, text in texts.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

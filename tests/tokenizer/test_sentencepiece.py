@@ -175,3 +175,15 @@ def test_models_without_subwords(kind: str, tmp_path: Path) -> None:
     train(tmp_path / "tokenizer.model", model_type=kind)
     with pytest.raises(TokenizerError, match=f"type is {kind}; supported: unigram, bpe"):
         AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_siglip_reads_its_texts_as_the_oracle_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "spiece.model", **MODELS["t5"])
+    # It asks for protobuf, and needs none.
+    monkeypatch.setattr("transformers.models.siglip.tokenization_siglip.requires_backends", lambda *_: None)
+    theirs = transformers.SiglipTokenizer(str(tmp_path / "spiece.model"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "SiglipTokenizer"}')
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.model_max_length, ours.pad_token) == (64, "</s>")
+    for text in ("A photo of two CATS.", "the dog  (and the fox)!", "", "dog's", *CORPUS[:3]):
+        assert ours.encode(text) == theirs.encode(text), text
