@@ -118,8 +118,7 @@ class Int8(Packed):
             return f"int8: unpacked, then dense ({many or few})"
         if x.shape[0] > 1:
             return "int8: LLM.int8()"
-        fast = x.device.type == "cpu" and x.dtype is torch.bfloat16
-        return "int8: PyTorch's 8-bit product" if fast else super().runs_on(x)
+        return "int8: PyTorch's 8-bit product" if _has_product(x) else super().runs_on(x)
 
     def prepare(self) -> None:
         if self.scale.device.type == "cpu":
@@ -136,11 +135,16 @@ class Int8(Packed):
         return columns if columns.numel() else None
 
     def _one_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type == "cpu" and x.dtype is torch.bfloat16:
+        if _has_product(x):
             scale = (self.scale * (1 / 127)).to(x.dtype) if self.steps is None else self.steps
             y = torch._weight_int8pack_mm(x, self.values, scale)
             return y if bias is None else y + bias
         return F.linear(x, self.dequantize(x.dtype), bias)
+
+
+def _has_product(x: Tensor) -> bool:
+    """Whether PyTorch has a product of one such row: of others than whole vectors it reads past the end."""
+    return x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[1] % 16 == 0
 
 
 def _int_product(x: Tensor, values: Tensor) -> Tensor:

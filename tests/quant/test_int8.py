@@ -44,6 +44,15 @@ def test_one_row_is_the_dequantized_product_and_more_rows_are_within_the_methods
     assert packed(torch.empty(0, 96, dtype=dtype)).shape == (0, 130)
 
 
+def test_one_row_of_any_length_reads_nothing_past_its_end():
+    for inputs in (16, 90, 180):
+        packed = Int8.pack(torch.randn(24, inputs), 6.0)
+        beyond = torch.full((inputs + 64,), float("nan"), dtype=torch.bfloat16)
+        beyond[:inputs] = x = torch.randn(inputs).bfloat16()
+        got = packed(beyond[:inputs].view(1, -1), None)
+        assert relative(got, F.linear(x[None].double(), packed.dequantize(torch.float64))) < 8e-3
+
+
 def test_gradients_go_through_the_dequantized_weight():
     packed, bias = Int8.pack(torch.randn(13, 9), 6.0), torch.randn(13, requires_grad=True)
     x, grad = torch.randn(5, 9, requires_grad=True), torch.randn(5, 13)
