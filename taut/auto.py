@@ -131,9 +131,9 @@ class AutoModelForSequenceClassification(_Auto):
 
 
 class AutoModelForTokenClassification(_Auto):
-    """Loads an encoder that classifies tokens."""
+    """Loads a model that classifies tokens."""
 
-    kinds = MappingProxyType({"encoder": TokenClassifier})
+    kinds = MappingProxyType({"decoder": TokenClassifier, "encoder": TokenClassifier})
 
 
 class AutoModelForQuestionAnswering(_Auto):

@@ -175,8 +175,8 @@ def pack(
     """Packed batch of a padded one, and the way back.
 
     `input_ids` `[rows, width]` or `inputs_embeds` `[rows, width, dim]`; `features` `[rows, width, features]`.
-    `attention_mask` `[rows, width]`
-    marks real tokens wherever they stand: left, right or interior padding, and rows without any.
+    `attention_mask` `[rows, width]` marks real tokens wherever they stand: left, right or interior padding,
+    and rows without any.
     `position_ids` `[rows, width]` (or `[1, width]`) default to 0, 1, 2 ... over each row's real tokens;
     where they stop increasing inside a row a new sequence begins there, as in batches that a padding-free
     collator flattened.
@@ -204,22 +204,22 @@ def pack(
     else:
         real = attention_mask.to(device) != 0
     index = real.flatten().nonzero().squeeze(1)
-    padding = Padding(index, rows, width)
-    row = index // width if width else index
-    first = torch.ones_like(index, dtype=torch.bool)
-    first[1:] = row[1:] != row[:-1]
+    full = len(index) == rows * width  # then there is nothing to gather
+    padding = Padding(None if full else index, rows, width)
+    counts = real.sum(1)  # rows without tokens stay rows
     if position_ids is None:
         positions = (real.cumsum(1) - 1).flatten()[index]
-        counts = real.sum(1)  # rows without tokens stay rows
     else:
         if position_ids.shape not in ((rows, width), (1, width), (width,)):
             raise RequestError(
                 f"position_ids has shape {list(position_ids.shape)}; expected {[rows, width]}, one a token"
             )
         positions = position_ids.to(device).expand(rows, width).flatten()[index]
-        first[1:] |= positions[1:] <= positions[:-1]
-        bounds = torch.cat((first.nonzero().squeeze(1), torch.tensor([len(index)], device=device)))
-        counts = bounds.diff()
+        restarts = (positions[1:] <= positions[:-1]).nonzero().squeeze(1) + 1
+        ends = counts.cumsum(0)
+        begins = ends - counts
+        bounds = torch.cat((begins, ends, restarts)).unique()
+        counts = torch.cat((bounds, begins[counts == 0])).sort().values.diff()
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
     starts[1:] = counts.cumsum(0)
     batch = Batch(

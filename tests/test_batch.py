@@ -40,6 +40,7 @@ def test_pack_keeps_each_rows_real_tokens_in_order_and_unpack_puts_them_back(mas
         ([[1, 1, 0, 1, 0, 1]], [[0, 0, 1, 1, 1, 1]], [0, 2, 4]),  # left padding, then two sequences
         ([[4, 5, 6, 7, 8, 9]], None, [0, 6]),  # positions need not begin at 0
         ([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]], None, [0, 6, 9, 12]),
+        ([[0, 1], [0, 1], [0, 1]], [[0, 0], [1, 1], [0, 0]], [0, 0, 2, 2]),  # rows without tokens stay rows
     ],
 )
 def test_positions_that_restart_mark_rows(positions, mask, starts):

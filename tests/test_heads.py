@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import taut
 from taut.errors import ConfigError, RequestError, WeightsError
@@ -47,6 +48,16 @@ def test_decoders_classify_by_the_last_token_that_is_no_padding(case):
         close(ours.logits, theirs.logits)
         close(ours.loss, theirs.loss, 1e-5)
     assert model.architecture() == type(reference).__name__
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon-7b", "gpt-neox", "gemma2", "bloom"])
+def test_decoders_classify_tokens(name, tmp_path):
+    case, auto = next(c for c in CASES if c.name == name), "AutoModelForTokenClassification"
+    model = taut.AutoModelForTokenClassification.from_pretrained(checkpoint(case, auto))
+    close(model(IDS).logits, oracle(case, auto=auto)(IDS).logits)
+    model.save_pretrained(tmp_path)
+    saved, original = (load_file(f / "model.safetensors") for f in (tmp_path, checkpoint(case, auto)))
+    assert saved.keys() == original.keys() and model.config.source["architectures"] == [model.architecture()]
 
 
 @pytest.mark.parametrize(

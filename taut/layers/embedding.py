@@ -39,11 +39,11 @@ class Embedding(nn.Module):
         x = F.embedding(ids, self.weight, self.padding)
         return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype)
 
-    def project(self, hidden: Tensor) -> Tensor:
+    def project(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits `[tokens, vocab]` of `hidden` `[tokens, dim]` with the same matrix (a tied head)."""
         if self._head is not None and not torch.is_grad_enabled() and self._head[0] == self._version():
-            return linear(hidden, self._head[1])
-        return linear(hidden, self.weight)
+            return linear(hidden, self._head[1], bias)
+        return linear(hidden, self.weight, bias)
 
     def block(self) -> None:
         """Keep a copy for `project` in the layout that the CPU reads fastest, if there is one: looking up

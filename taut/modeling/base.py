@@ -172,7 +172,11 @@ class PreTrainedModel(nn.Module):
 
     def rules(self) -> tuple[Rule, ...]:
         """How the names in saved files map onto those of this model."""
-        return tuple(weights.storable(self, layouts(self.config)))
+        return tuple(weights.storable(self, self.layouts()))
+
+    def layouts(self) -> list[tuple[Rule, ...]]:
+        """Every layout that files of this model may have."""
+        return layouts(self.config)
 
     def architecture(self) -> str:
         """The name of this class, of its family, in transformers."""
@@ -275,7 +279,7 @@ class PreTrainedModel(nn.Module):
         kind = pick_dtype(choice, config, checkpoint, target)
         with torch.device("meta"):
             model = chosen(config, dtype=kind)
-        known = layouts(config)
+        known = model.layouts()
         prefix = weights.prefix_of(weights.layout(model, known[0]))
         names = {piece.disk for mapping in known for piece in weights.layout(model, mapping)}
         tensors = weights.without_greek(weights.with_prefix(checkpoint.tensors, prefix, names), names)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taut import weights
 from taut.config import ModelConfig
 from taut.errors import ConfigError
 from taut.kernels.linear_ce import linear_cross_entropy
@@ -14,6 +15,7 @@ from taut.layers.encoder import MaskedHead, classifier, pool
 from taut.modeling.labels import row_loss, span_loss, token_loss
 from taut.modeling.output import Later, ModelOutput
 from taut.modeling.text import Encoded, TextModel, token_labels
+from taut.weights import Rename, Rule
 
 
 class Labelling(TextModel):
@@ -66,10 +68,9 @@ class SequenceClassifier(Labelling):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__(config, dtype=dtype)
-        heads, width = config.heads, config.dim if config.kind == "encoder" else config.embed_dim
-        self.classifier = classifier(
-            heads.sequence, width or config.dim, config.num_labels, bias=heads.bias, dtype=dtype
-        )
+        heads, labels = config.heads, config.num_labels
+        width = config.dim if config.kind == "encoder" else config.embed_dim or config.dim
+        self.classifier = classifier(heads.sequence, width, labels, bias=heads.bias, dtype=dtype)
 
     def scored(self, found: Encoded, labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """`logits` `[rows, labels]`; `labels` are what `labels.row_loss` takes.
@@ -91,7 +92,16 @@ class TokenClassifier(Labelling):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__(config, dtype=dtype)
-        self.classifier = classifier(config.heads.token, config.dim, config.num_labels, dtype=dtype)
+        width = config.dim if config.kind == "encoder" else config.embed_dim or config.dim
+        self.classifier = classifier(config.heads.token, width, config.num_labels, dtype=dtype)
+
+    def layouts(self) -> list[tuple[Rule, ...]]:
+        """A decoder's is called `score`, like that of rows, where transformers' general class has it: in the
+        families whose body is called `model`."""
+        found = super().layouts()
+        if self.config.kind == "encoder" or weights.prefix_of(weights.layout(self, found[0])) == "model":
+            return found
+        return [(*rules, Rename("classifier", "score")) for rules in found]
 
     def scored(self, found: Encoded, labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """`logits` `[rows, width, labels]`, zeros at padding; `labels` `[rows, width]`, -100 where a token
@@ -119,9 +129,14 @@ class MaskedLM(Labelling):
     def get_output_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
+    def prepare_inference(self) -> None:
+        super().prepare_inference()
+        if not self.training:
+            self.model.embed_tokens.block()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, vocab]` of hidden states `[n, dim]`."""
-        return nn.functional.linear(self.lm_head(hidden), self.model.embed_tokens.weight, self.lm_head.bias)
+        return self.model.embed_tokens.project(self.lm_head(hidden), self.lm_head.bias)
 
     def scored(self, found: Encoded, labels: Tensor | None) -> tuple[Tensor | None, Tensor | Later]:
         """`logits` `[rows, width, vocab]`, zeros at padding; `labels` `[rows, width]`, -100 where there is
