@@ -41,6 +41,7 @@ CASES = [
     Case("ernie", "Ernie", base=BERT),
     Case("ernie-tasks", "Ernie", {"use_task_id": True}, BERT),
     Case("layoutlm", "LayoutLM", {"max_2d_position_embeddings": 40}, BERT),
+    Case("mpnet", "MPNet", base=ROBERTA),
     Case("albert", "Albert", base=NARROW),
     Case("albert-groups", "Albert", {"num_hidden_groups": 2, "inner_group_num": 2}, NARROW),
     Case("albert-as-wide", "Albert", {"embedding_size": 48, "hidden_act": "gelu"}, NARROW),

@@ -182,7 +182,7 @@ def test_files_with_the_names_of_transformers_modules_load_too(case, tmp_path):
 
 def test_a_row_longer_than_the_learned_positions_is_refused():
     model = load(next(case for case in CASES if case.name == "opt"))
-    with pytest.raises(RequestError, match="a row has 65 tokens, and the model has learned 64 positions"):
+    with pytest.raises(RequestError, match="a row has 65 tokens, and the model has 64 positions"):
         model(torch.ones(1, CONTEXT + 1, dtype=torch.int64))
 
 

@@ -65,26 +65,27 @@ def read(r: Reader) -> ModelConfig:
     return encoder(r)
 
 
-def encoder(
-    r: Reader, *, positions: Positions | None = None, features: tuple[Features, ...] = (), **changes: Any
-) -> ModelConfig:
-    """A BERT's config. `features` come with each token beside its type; `changes` are to `ModelConfig`."""
+def encoder(r: Reader, **changes: Any) -> ModelConfig:
+    """A BERT's config, with `changes` to `ModelConfig`."""
     r.only("is_decoder", False)
     r.only("position_embedding_type", "absolute")
     r.ignore("hidden_dropout_prob", "attention_probs_dropout_prob", "gradient_checkpointing")
     act = activation(r, "hidden_act", default="gelu")
     norm = layer_norm(r)
-    types = (Features("token_type_ids", (("token_type_embeddings", r.int("type_vocab_size", 2)),)),)
     fields = {
         "layers": post_norm_layers(r, act),
-        "positions": positions or Positions(r.int("max_position_embeddings", 512)),
-        "features": (*types, *features),
+        "positions": Positions(r.int("max_position_embeddings", 512)),
+        "features": (token_types(r),),
         "embed_norm": norm,
         "heads": Heads(pooler=Transform("tanh"), masked=Transform(act, norm)),
         "head_bias": True,
         "tied": r.bool("tie_word_embeddings", True),
     }
     return finish(r, norm=None, **(fields | changes))
+
+
+def token_types(r: Reader) -> Features:
+    return Features("token_type_ids", (("token_type_embeddings", r.int("type_vocab_size", 2)),))
 
 
 def layer_norm(r: Reader) -> Norm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taut.config import Features, ModelConfig, Reader
-from taut.models.bert import BLOCKS, EMBEDDINGS, IGNORED, MASKED, encoder
+from taut.models.bert import BLOCKS, EMBEDDINGS, IGNORED, MASKED, encoder, token_types
 from taut.weights import Rename
 
 ARCHITECTURE = "ErnieForMaskedLM"
@@ -14,6 +14,8 @@ __all__ = ["IGNORED", "RULES", "read"]
 
 
 def read(r: Reader) -> ModelConfig:
-    count = r.int("task_type_vocab_size", 3)
-    tasks = Features("task_type_ids", (("task_type_embeddings", count),))
-    return encoder(r, features=(tasks,) if r.bool("use_task_id", False) else ())
+    features = [token_types(r)]
+    tasks = r.int("task_type_vocab_size", 3)
+    if r.bool("use_task_id", False):
+        features.append(Features("task_type_ids", (("task_type_embeddings", tasks),)))
+    return encoder(r, features=tuple(features))
