@@ -91,6 +91,8 @@ def _positions(config: ModelConfig, attns: list[Attn]) -> Iterator[str]:
         yield "learned positions"
     if attns[0].slopes is not None:
         yield "ALiBi"
+    if attns[0].relative is not None:
+        yield "a learned bias of distances"
 
 
 def _attention(attns: list[Attn]) -> Iterator[str]:

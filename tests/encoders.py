@@ -26,6 +26,13 @@ DISTILBERT = {
     "hidden_dim": 80,
     "max_position_embeddings": CONTEXT,
 }
+MODERNBERT = BERT | {
+    "local_attention": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 NARROW = BERT | {"embedding_size": 32}
 
 CASES = [
@@ -42,6 +49,24 @@ CASES = [
     Case("ernie-tasks", "Ernie", {"use_task_id": True}, BERT),
     Case("layoutlm", "LayoutLM", {"max_2d_position_embeddings": 40}, BERT),
     Case("mpnet", "MPNet", base=ROBERTA),
+    Case("modernbert", "ModernBert", base=MODERNBERT),
+    Case(
+        "modernbert-biases-mean",
+        "ModernBert",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "norm_bias": True,
+            "classifier_bias": True,
+            "decoder_bias": False,
+            "classifier_pooling": "mean",
+            "hidden_activation": "silu",
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        MODERNBERT,
+    ),
+    Case("nomic", "NomicBert", base=BERT),
+    Case("nomic-wide-heads", "NomicBert", {"head_dim": 12, "type_vocab_size": 1, "hidden_act": "gelu"}, BERT),
     Case("albert", "Albert", base=NARROW),
     Case("albert-groups", "Albert", {"num_hidden_groups": 2, "inner_group_num": 2}, NARROW),
     Case("albert-as-wide", "Albert", {"embedding_size": 48, "hidden_act": "gelu"}, NARROW),

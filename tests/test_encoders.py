@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import taut
 from taut import weights
 from taut.models import families, family, kind
 from tests.encoders import CASES
-from tests.families import VOCAB, Case, checkpoint, oracle
+from tests.families import CONTEXT, VOCAB, Case, checkpoint, oracle
 from tests.test_families import LENGTHS, close, every_device
 
 HEADS = (
@@ -28,7 +31,11 @@ MODELS = [
     for case in CASES
     for head in HEADS
     if getattr(transformers, f"{case.family}Config") in getattr(transformers, head)._model_mapping
-    and (head == "AutoModelForMaskedLM" or FIRST[case.family] is case)
+    and (
+        head == "AutoModelForMaskedLM"
+        or FIRST[case.family] is case
+        or ("Sequence" in head and "classifier_pooling" in case.options)
+    )
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_model = pytest.mark.parametrize(("case", "head"), MODELS, ids=str)
@@ -197,3 +204,57 @@ def test_save_is_byte_identical_and_transformers_reads_it(case, head, tmp_path):
     theirs, info = getattr(transformers, head).from_pretrained(tmp_path / "once", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert type(theirs).__name__ == type(oracle(case, auto=head)).__name__ == model.architecture()
+
+
+def rewritten(folder: Path, source: Path, rename, **config) -> Path:
+    """A copy of a checkpoint with other names of its tensors, and a config with these values alone."""
+    save_file(
+        {rename(n): t for n, t in load_file(source / "model.safetensors").items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(
+        json.dumps(config or json.loads((source / "config.json").read_text()))
+    )
+    return folder
+
+
+def test_files_as_the_first_checkpoints_are_load_too(tmp_path):
+    """BERT's norms with TensorFlow's names, buffers and tied matrices in the file, and no first word."""
+    case = FIRST["Bert"]
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    folder = rewritten(
+        tmp_path,
+        checkpoint(case, "AutoModelForMaskedLM"),
+        lambda name: next((name.replace(now, was) for now, was in old.items() if now in name), name),
+    )
+    tensors = load_file(folder / "model.safetensors")
+    tensors["bert.embeddings.position_ids"] = torch.arange(CONTEXT)[None]
+    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+    tensors["cls.seq_relationship.weight"] = torch.zeros(2, 48)
+    save_file(tensors, folder / "model.safetensors")
+    older, usual = taut.BertForMaskedLM.from_pretrained(folder), load(case, "AutoModelForMaskedLM")
+    assert all(torch.equal(a, b) for a, b in zip(older.parameters(), usual.parameters(), strict=True))
+
+
+def test_nomics_first_config_and_transformers_own_names_load_too(tmp_path):
+    case = FIRST["NomicBert"]
+    source, usual = checkpoint(case, "AutoModel"), load(case)
+    oracle(case, auto="AutoModel").save_pretrained(tmp_path, save_original_format=False)
+    own = taut.AutoModel.from_pretrained(tmp_path)
+    config = {"model_type": "nomic_bert", "n_embd": 48, "n_layer": 3, "n_head": 6, "n_inner": 80}
+    config |= {
+        "n_positions": CONTEXT,
+        "activation_function": "swiglu",
+        "rotary_emb_base": 1000,
+        "prenorm": False,
+    }
+    config |= {
+        "vocab_size": VOCAB,
+        "rotary_emb_fraction": 1.0,
+        "qkv_proj_bias": False,
+        "rotary_emb_scale_base": None,
+    }
+    older = taut.AutoModel.from_pretrained(rewritten(tmp_path, source, str, **config))
+    assert older.config.unused == () and older.config.layers == usual.config.layers
+    for model in (own, older):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), usual.parameters(), strict=True))
