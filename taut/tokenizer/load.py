@@ -6,7 +6,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,25 @@ from tokenizers import AddedToken, Regex, decoders, normalizers
 from taut.checkpoint.gguf import read_gguf
 from taut.errors import TokenizerError, nearest
 from taut.hub import resolve
-from taut.tokenizer import ctc
+from taut.tokenizer import ctc, translation
 from taut.tokenizer.gguf import tokenizer_from_gguf
+from taut.tokenizer.layouts import LAYOUTS
 from taut.tokenizer.save import CONFIG, SPECIAL, TEMPLATE, TEMPLATES, TOKENIZER
-from taut.tokenizer.sentencepiece import build_sentencepiece, read_sentencepiece
+from taut.tokenizer.sentencepiece import Kind, build_sentencepiece, read_sentencepiece
 from taut.tokenizer.tokenizer import Tokenizer
 from taut.tokenizer.vocabulary import SPECIAL_TOKENS
 
+MODEL = "config.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 
 _SETTINGS = (
     "padding_side", "truncation_side", "model_max_length", "model_input_names", "chat_template",
     "clean_up_tokenization_spaces", "split_special_tokens",
 )  # fmt: skip
-_OPTIONS = (*_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens", *ctc.SETTINGS)
+_LANGUAGES = ("src_lang", "tgt_lang")
+_OPTIONS = (
+    *_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens", *_LANGUAGES, *ctc.SETTINGS
+)  # fmt: skip
 # Without meaning here, but part of many programs.
 _IGNORED = ("use_fast", "trust_remote_code", "legacy", "torch_dtype", "dtype")
 
@@ -41,12 +46,14 @@ _ROBERTA = {
     "bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>",
     "pad_token": "<pad>", "mask_token": "<mask>",
 }  # fmt: skip
+_FAIRSEQ = {**_ROBERTA, "mask_token": AddedToken("<mask>", lstrip=True, special=True, normalized=False)}
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}
 _WITH_TYPES = ("input_ids", "token_type_ids", "attention_mask")
 
 # What the class named in tokenizer_config.json implies where the files say nothing; a token counts only if
 # the vocabulary has it.
 _CLASSES: dict[str, dict[str, Any]] = {
+    "BartTokenizer": _ROBERTA,
     "BertTokenizer": {**_BERT, "model_input_names": _WITH_TYPES},
     "CodeLlamaTokenizer": _LLAMA,
     "CohereTokenizer": {"padding_side": "left"},
@@ -58,13 +65,23 @@ _CLASSES: dict[str, dict[str, Any]] = {
     },
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "LlamaTokenizer": _LLAMA,
+    "MBart50Tokenizer": {key: token for key, token in _FAIRSEQ.items() if key != "bos_token"},
+    "MBartTokenizer": _FAIRSEQ,
+    "PegasusTokenizer": {
+        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask_2>",
+    },
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
     "RobertaTokenizer": _ROBERTA,
     "SiglipTokenizer": {
         "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "model_max_length": 64,
     },
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    "XLMRobertaTokenizer": _ROBERTA,
+    "XLMRobertaTokenizer": _FAIRSEQ,
+}  # fmt: skip
+# Which class a model of this type has, for old folders that name none.
+_BY_MODEL_TYPE = {
+    "mbart": "MBartTokenizer", "mt5": "T5Tokenizer", "pegasus": "PegasusTokenizer", "t5": "T5Tokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
 }  # fmt: skip
 
 
@@ -87,8 +104,9 @@ class AutoTokenizer:
 
         `options` override the files: special tokens (`pad_token="<pad>"`), `extra_special_tokens`,
         `padding_side`, `truncation_side`, `model_max_length`, `model_input_names`, `chat_template`,
-        `clean_up_tokenization_spaces`, `split_special_tokens`, `add_bos_token`, `add_eos_token`; and of a
-        speech model's characters `word_delimiter_token`, `replace_word_delimiter_char`, `do_lower_case` and
+        `clean_up_tokenization_spaces`, `split_special_tokens`, `add_bos_token`, `add_eos_token`; for
+        translation models that write the language beside a text, `src_lang` and `tgt_lang`; and of a speech
+        model's characters `word_delimiter_token`, `replace_word_delimiter_char`, `do_lower_case` and
         `target_lang`.
         Raises TokenizerError for missing or corrupt files, CheckpointError for a name that leads nowhere.
         """
@@ -108,12 +126,9 @@ class AutoTokenizer:
             weights=False,
         )
         if path.is_dir() and _is_ctc(path):
+            _refuse(options, _LANGUAGES, ", ".join(translation.CLASSES), path)
             return _ctc(path, str(name), options)
-        for option in ctc.SETTINGS:
-            if option in options:
-                raise TokenizerError(
-                    f"{option} is an option of CTC tokenizers ({ctc.VOCABULARY}), and {path} has another"
-                )
+        _refuse(options, ctc.SETTINGS, f"CTC tokenizers ({ctc.VOCABULARY})", path)
         backend, settings = _from_folder(path) if path.is_dir() else _from_gguf(path)
         special = {
             key: value
@@ -122,7 +137,19 @@ class AutoTokenizer:
         }
         settings["special_tokens"] = {**settings["special_tokens"], **special}
         settings.update({key: options[key] for key in _OPTIONS if key in options})
+        kind = settings.pop("tokenizer_class", None)
+        if kind in translation.CLASSES:
+            return translation.TranslationTokenizer(
+                backend, tokenizer_class=kind, name_or_path=str(name), **settings
+            )
+        _refuse(options, _LANGUAGES, ", ".join(translation.CLASSES), path)
         return Tokenizer(backend, name_or_path=str(name), **settings)
+
+
+def _refuse(options: Mapping[str, Any], names: Sequence[str], owner: str, path: Path) -> None:
+    for option in names:
+        if option in options:
+            raise TokenizerError(f"{option} is an option of {owner}, and {path} has another tokenizer")
 
 
 def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -132,7 +159,8 @@ def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
 
 def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     config = _read_json(folder / CONFIG)
-    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    model_type = str(_read_json(folder / MODEL).get("model_type"))
+    name = str(config.get("tokenizer_class") or _BY_MODEL_TYPE.get(model_type, "")).removesuffix("Fast")
     settings: dict[str, Any] = {key: config[key] for key in _SETTINGS if config.get(key) is not None}
     if (folder / TOKENIZER).is_file():
         backend = _read_backend(folder / TOKENIZER)
@@ -143,6 +171,8 @@ def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         backend, implied = _from_sentencepiece(folder, config, name)
     implied = {**_in_vocabulary(backend, _CLASSES.get(name, {})), **implied}
     settings = {
+        "tokenizer_class": name,
+        **{key: config[key] for key in _LANGUAGES if name in translation.CLASSES and key in config},
         **{key: implied[key] for key in (*_SETTINGS, "add_bos_token", "add_eos_token") if key in implied},
         **settings,
     }
@@ -150,6 +180,7 @@ def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     for key, value in {**_from_model_config(folder, backend), **implied}.items():
         if key in SPECIAL_TOKENS:
             special.setdefault(key, value)
+    extra = extra or implied.get("extra_special_tokens", [])
     _add_missing(folder, backend, config)
     settings["chat_template"] = _chat_templates(folder, config)
     return backend, {**settings, "special_tokens": special, "extra_special_tokens": extra}
@@ -224,7 +255,9 @@ def _from_sentencepiece(
             f"The folder holds: {shown or 'nothing'}. "
             "If the tokenizer is elsewhere, name that folder or repository"
         )
-    model = read_sentencepiece(path)
+    model, layout = read_sentencepiece(path), LAYOUTS.get(name)
+    if layout is not None:
+        model = layout.arrange(model, config)
     backend = build_sentencepiece(model)
     ids = {
         "bos_token": model.bos_id,
@@ -233,6 +266,12 @@ def _from_sentencepiece(
         "pad_token": model.pad_id,
     }
     implied = {key: token for key, index in ids.items() if (token := model.text(index)) is not None}
+    if layout is not None:
+        backend.post_processor = layout.post_processor(backend)
+        control = [piece.text for piece in model.pieces if piece.kind == Kind.CONTROL]
+        named = {str(token) for token in _CLASSES[name].values()}
+        implied["extra_special_tokens"] = [text for text in control if text not in named]
+        return backend, implied
     if name == "SiglipTokenizer":  # pictures are described in small letters without punctuation
         letters = [normalizers.Lowercase()] if config.get("do_lower_case", True) else []
         plain = [normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")]
@@ -240,7 +279,7 @@ def _from_sentencepiece(
         backend.normalizer = normalizers.Sequence([*letters, *plain, *spaces, backend.normalizer])
         implied["pad_token"] = "</s>"
     # T5 and SigLIP end a text; Llama and its relatives begin one.
-    ends = name in ("T5Tokenizer", "SiglipTokenizer") or (not name and path.name == "spiece.model")
+    ends = name == "SiglipTokenizer" or (not name and path.name == "spiece.model")
     implied["add_bos_token"] = bool(config.get("add_bos_token", not ends))
     implied["add_eos_token"] = bool(config.get("add_eos_token", ends))
     return backend, implied
@@ -250,14 +289,14 @@ def _in_vocabulary(backend: tokenizers.Tokenizer, values: Mapping[str, Any]) -> 
     return {
         key: value
         for key, value in values.items()
-        if key not in SPECIAL_TOKENS or backend.token_to_id(value) is not None
+        if key not in SPECIAL_TOKENS or backend.token_to_id(str(value)) is not None
     }
 
 
 def _from_model_config(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
     """Special tokens by the ids that the model's configuration gives."""
     tokens: dict[str, str] = {}
-    for file in ("config.json", "generation_config.json"):
+    for file in (MODEL, "generation_config.json"):
         values = _read_json(folder / file)
         for name in ("bos_token", "eos_token", "pad_token"):
             index = values.get(f"{name}_id")

@@ -59,9 +59,8 @@ def _config(tokenizer: Tokenizer) -> dict[str, object]:
         "model_max_length": tokenizer.model_max_length,
         "padding_side": tokenizer.padding_side,
         "split_special_tokens": tokenizer.split_special_tokens,
-        # The class that takes tokenizer.json as it is; those of single families rebuild parts of it.
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "truncation_side": tokenizer.truncation_side,
+        **tokenizer._saved_settings(),
     }
     if tokenizer.extra_special_tokens:
         config["extra_special_tokens"] = tokenizer.extra_special_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -172,12 +173,17 @@ class Tokenizer(Vocabulary):
         }
         if text_target is None:
             return self._encode(text, text_pair, **options)
-        labels = self._encode(text_target, None, **options)
+        with self._target_mode():
+            labels = self._encode(text_target, None, **options)
         if text is None:
             return labels
         encoding = self._encode(text, text_pair, **options)
         encoding["labels"] = labels["input_ids"]
         return encoding
+
+    def _target_mode(self) -> AbstractContextManager[None]:
+        """While it is open, texts are encoded as what a model is to write."""
+        return nullcontext()
 
     def _encode(
         self,
@@ -521,6 +527,11 @@ class Tokenizer(Vocabulary):
         """Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and the chat templates,
         which transformers and Taut load back equal; returns their paths."""
         return save_tokenizer(self, Path(folder))
+
+    def _saved_settings(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` says of this kind of tokenizer alone."""
+        # The class that takes tokenizer.json as it is; those of single families rebuild parts of it.
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _padded(row: Sequence[int], length: int, fill: int, side: str) -> list[int]:
