@@ -42,9 +42,7 @@ are none (a source's, which are all there before) |
 
     def layer(self, index: int) -> Pages:
         """The cache of one layer, as attention takes it."""
-        return Pages(
-            self.keys[index], self.values[index], self.pages, self.lengths, self.longest, self.first
-        )
+        return Pages(self.keys[index], self.values[index], self.pages, self.lengths, self.longest, self.first)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,16 @@ def generate(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     stop: Stop = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="The answer is JSON of the schema in this file.", show_default=False)
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="The answer matches this regular expression.", show_default=False)
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(help="The answer follows the Lark grammar in this file.", show_default=False),
+    ] = None,
     seed: Seed = 0,
     load_in: LoadIn = None,
     dtype: Dtype = "auto",
@@ -163,7 +173,10 @@ def generate(
         from taut.cli import generate as command
         from taut.cli.session import Options
 
-        command.run(model, prompt, Options.of(context.params), raw=raw, system=system, as_json=json)
+        shape = command.response_format(json_schema, regex, grammar)
+        command.run(
+            model, prompt, Options.of(context.params), raw=raw, system=system, as_json=json, shape=shape
+        )
 
 
 @app.command()

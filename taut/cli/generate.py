@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 from taut.cli.session import Options, Session
 from taut.errors import RequestError
@@ -13,11 +14,32 @@ from taut.errors import RequestError
 DEFAULT_NEW_TOKENS = 512
 
 
+def response_format(json_schema: Path | None, regex: str | None, grammar: Path | None) -> dict | None:
+    """What the answer has to be, as `generate` takes it; `RequestError` for two things at once."""
+    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} each say what the answer is; give one of them")
+    if json_schema is not None:
+        return {"type": "json_schema", "schema": json_schema.read_text("utf-8")}
+    if grammar is not None:
+        syntax = "gbnf" if grammar.suffix == ".gbnf" else "lark"
+        return {"type": "grammar", "grammar": grammar.read_text("utf-8"), "syntax": syntax}
+    return None if regex is None else {"type": "regex", "regex": regex}
+
+
 def run(
-    model: str | None, prompt: str, options: Options, *, raw: bool, system: str | None, as_json: bool
+    model: str | None,
+    prompt: str,
+    options: Options,
+    *,
+    raw: bool,
+    system: str | None,
+    as_json: bool,
+    shape: dict | None = None,
 ) -> None:
     """Answers `prompt` with `model` (None: the default one). `raw`, or a model without a chat template,
-    continues the text as it is."""
+    continues the text as it is. `shape`: what the answer has to be."""
     if raw and system is not None:
         raise RequestError("--system is part of the chat template, which --raw leaves out; give one of them")
     session = Session.load(model, options)
@@ -29,7 +51,7 @@ def run(
         head = [{"role": "system", "content": system}] if system else []
         ids = session.chat_ids([*head, {"role": "user", "content": prompt}])
     pieces: list[str] = []
-    with contextlib.closing(session.answer(ids, options, DEFAULT_NEW_TOKENS)) as answer:
+    with contextlib.closing(session.answer(ids, options, DEFAULT_NEW_TOKENS, shape)) as answer:
         try:
             for piece in answer:
                 pieces.append(piece)

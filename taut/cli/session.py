@@ -122,14 +122,23 @@ class Session:
         """Token ids of `text` as it is, with the special tokens that the tokenizer puts around a text."""
         return self.tokenizer.encode(text)
 
-    def answer(self, ids: list[int], options: Options, new_tokens: int) -> Answer:
-        """The continuation of `ids`: at most `options.max_new_tokens`, or `new_tokens` when that is unset,
-        and never more than the context holds. `RequestError` for a prompt that leaves no room."""
+    def answer(
+        self, ids: list[int], options: Options, new_tokens: int, response_format: Any = None
+    ) -> Answer:
+        """The continuation of `ids`, of a format if one is given: at most `options.max_new_tokens`, or
+        `new_tokens` when that is unset, and never more than the context holds. `RequestError` for a prompt
+        that leaves no room."""
         if options.max_new_tokens is None:
             room = self.model.config.context - len(ids)
             options = replace(options, max_new_tokens=max(1, min(new_tokens, room)))
         return Answer(
-            stream(self.model, [ids], generation_config=options.generation(), tokenizer=self.tokenizer)
+            stream(
+                self.model,
+                [ids],
+                generation_config=options.generation(),
+                tokenizer=self.tokenizer,
+                response_format=response_format,
+            )
         )
 
     def facts(self, clock: Clock) -> Facts:

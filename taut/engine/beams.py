@@ -229,6 +229,8 @@ earlier group has taken in the same step |
         """Whether this token ends a sequence, however long it may be."""
         if token in request.params.eos_token_ids:
             return True
+        if request.constraint is not None and request.constraint.complete([*row.output, token]):
+            return True
         if request.should_stop is None:
             return False
         return request.should_stop(_Seen(request, [*row.output, token]))

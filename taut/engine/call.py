@@ -16,6 +16,7 @@ from taut.engine.draft_model import Assistant
 from taut.engine.drafts import Drafter
 from taut.engine.dynamic_cache import DynamicCache
 from taut.engine.generation import GenerationConfig, check_known
+from taut.engine.grammar import Constraint, ForcedTokens
 from taut.engine.guidance import Guidance
 from taut.engine.lookup import Lookup
 from taut.engine.output import GenerateOutput, rectangle, returned, steps
@@ -41,6 +42,7 @@ ARGUMENTS = (
 TAKEN = (
     "assistant_model",
     "past_key_values",
+    "response_format",
     "token_type_ids",
     "negative_prompt_ids",
     "negative_prompt_attention_mask",
@@ -129,6 +131,7 @@ def prepare(
         options["seed"] = seed
     negative = options.pop("negative_prompt_ids", None), options.pop("negative_prompt_attention_mask", None)
     assistant, past = options.pop("assistant_model", None), options.pop("past_key_values", None)
+    response_format = options.pop("response_format", None)
     config = _config(model, generation_config, options)
     _check_assistant(model, assistant, config)
     _check_together(config, negative[0] is not None)
@@ -166,6 +169,8 @@ def prepare(
         raise RequestError(
             f"stop_strings={list(config.stops)} are matched on text. Next step: pass tokenizer= to generate"
         )
+    if response_format is not None and tokenizer is None:
+        raise RequestError("response_format is about text. Next step: pass tokenizer= to generate")
     processors = _listed("logits_processor", logits_processor)
     criteria = _listed("stopping_criteria", stopping_criteria)
     keep = bool(config.return_dict_in_generate)
@@ -189,6 +194,7 @@ def prepare(
                 logprobs=config.logprobs,
                 keep_scores=keep and bool(config.output_scores),
                 keep_logits=keep and bool(config.output_logits),
+                constraint=_constraint(response_format, tokenizer, model, config),
                 group=_group(config, negatives[row % len(negatives)]),
                 scope=None if config.use_cache is False else (),
             )
@@ -266,6 +272,8 @@ def _give_drafters(requests: list[Request], assistant: Any, config: GenerationCo
         drafter = Lookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
     for request in requests:
         request.drafter = drafter
+        if drafter is None and request.constraint is not None and request.group is None:
+            request.drafter = ForcedTokens()
 
 
 def _check_together(config: GenerationConfig, negative: bool) -> None:
@@ -300,6 +308,12 @@ def _check_together(config: GenerationConfig, negative: bool) -> None:
             f"num_beam_groups is {groups} and diversity_penalty 0, so that all groups would be the same. "
             "Next step: set diversity_penalty to more than 0"
         )
+
+
+def _constraint(given: Any, tokenizer: Any, model: Any, config: GenerationConfig) -> Constraint | None:
+    if given is None or (isinstance(given, Mapping) and given.get("type") == "text"):
+        return None
+    return Constraint(tokenizer, given, vocab=model.config.vocab_size, ends=config.eos_token_ids)
 
 
 def _group(config: GenerationConfig, negative: list[int]) -> Group | None:

@@ -417,6 +417,8 @@ class Engine:
             return
         if stopped or token in params.eos_token_ids or len(request.output) >= params.max_new_tokens:
             self._finish(request, self._reason(request, stopped))
+        elif request.constraint is not None and request.constraint.complete(request.output):
+            self._finish(request, "stop")
 
     @staticmethod
     def _reason(request: Request, stopped: bool = False) -> str:

@@ -59,6 +59,10 @@ def generate(
     given, then the new tokens, rows that ended early filled up with the pad token; or a `GenerateOutput`
     with `return_dict_in_generate`. With `num_beams`, the best sequences of each prompt, the best first.
 
+    `response_format` says what the text of a row must be, and needs `tokenizer`: `{"type": "json_schema",
+    "schema": ...}`, `{"type": "json_object"}`, `{"type": "regex", "regex": ...}` or `{"type": "grammar",
+    "grammar": ...}`; the row ends when it is complete (`taut.engine.grammar`).
+
     `guidance_scale` moves each row away from what the model says after `negative_prompt_ids` (as `input_ids`,
     a row each or one for all; without them, after the prompt's last token).
 

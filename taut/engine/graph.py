@@ -61,6 +61,7 @@ def plain(request: Request) -> bool:
         or p.eta_cutoff
         or p.min_tokens_to_keep != 1
         or request.logprobs is not None
+        or request.constraint is not None
         or p.logit_bias
         or p.sequence_bias
         or p.bad_words

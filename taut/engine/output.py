@@ -71,7 +71,8 @@ def returned(requests: Sequence[Request]) -> list[Returned]:
             why = request.finish_reason
             if found.ended:
                 why = "length" if len(found.tokens) == request.params.max_new_tokens else "stop_string"
-                why = "stop" if found.tokens[-1] in ends else why
+                whole = request.constraint is not None and request.constraint.complete(found.tokens)
+                why = "stop" if whole or found.tokens[-1] in ends else why
             path = [index * beams.width + beam for beam in found.beams]
             rows.append(Returned(found.tokens, why, found.score, path))
         # Where nothing could follow, there are fewer sequences than were asked for.

@@ -15,6 +15,7 @@ from taut.errors import RequestError
 
 if TYPE_CHECKING:
     from taut.engine.drafts import Drafter
+    from taut.engine.grammar import Constraint
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
@@ -185,6 +186,7 @@ give new scores |
     | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
     | `logprobs` | caller | keep the log-probability of each token, and of so many most likely ones |
     | `keep_scores`, `keep_logits` | caller | keep each step's processed scores / raw logits, `[vocab]` each |
+    | `constraint` | caller | says which tokens may come next, and when the row is complete |
     | `drafter` | caller | guesses its next tokens, several of which are then checked in one step |
     | `group` | caller | what makes several rows of the request: beams, guidance; None: it is its only row |
     | `scope` | caller | requests of one scope share cached prefixes: equal tokens have equal keys there. \
@@ -206,6 +208,7 @@ share, None: no more of them |
     logprobs: int | None = None
     keep_scores: bool = False
     keep_logits: bool = False
+    constraint: Constraint | None = None
     drafter: Drafter | None = None
     group: Group | None = None
     scope: Hashable | None = ()
@@ -267,6 +270,10 @@ class Branch(Row):
     def logits_processors(self) -> tuple[LogitsProcessor, ...]:
         return self.request.logits_processors
 
+    @property
+    def constraint(self) -> Constraint | None:
+        return self.request.constraint
+
 
 class Ahead:
     """A request as it would be after some more tokens, for those who choose the next one."""
@@ -274,7 +281,7 @@ class Ahead:
     def __init__(self, request: Request, tokens: Sequence[int]):
         self.prompt, self.output = request.prompt, [*request.output, *tokens]
         self.params, self.logits_processors = request.params, request.logits_processors
-        self.keep_scores = request.keep_scores
+        self.keep_scores, self.constraint = request.keep_scores, request.constraint
 
 
 def _integer(name: str, value: object, minimum: int | None) -> None:

@@ -2,8 +2,8 @@
 
 The order and the meaning of the options are those of transformers:
 sequence bias, repetition penalty, presence and frequency penalty, no-repeat n-grams, bad words, minimum
-length, the user's own processors; then, for rows that sample, temperature, top-k, top-p, min-p, typical-p,
-epsilon and eta.
+length, the response format, the user's own processors; then, for rows that sample, temperature, top-k, top-p,
+min-p, typical-p, epsilon and eta.
 Presence and frequency penalties, which transformers lacks, are OpenAI's and vLLM's: they count generated
 tokens only, never the prompt.
 """
@@ -18,6 +18,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from taut.engine.grammar import bar
 from taut.engine.request import Request, Row, SamplingParams
 from taut.errors import NumericsError, RequestError
 from taut.kernels.sample import signed, uniform
@@ -166,7 +167,8 @@ def edit(logits: Tensor, requests: Sequence[Row]) -> Tensor:
             banned.add(row, params.eos_token_ids)
 
     users = [row for row, request in enumerate(requests) if request.logits_processors]
-    if not (bias.rows or repeated.rows or counted.rows or banned.rows or users):
+    limited = [row for row, request in enumerate(requests) if request.constraint is not None]
+    if not (bias.rows or repeated.rows or counted.rows or banned.rows or users or limited):
         return logits
     scores = logits.clone()
     if bias.rows:
@@ -180,6 +182,9 @@ def edit(logits: Tensor, requests: Sequence[Row]) -> Tensor:
         scores.index_put_(counted.at(scores.device), counted.amounts(scores), accumulate=True)
     if banned.rows:
         scores.index_put_(banned.at(scores.device), scores.new_tensor(-inf))
+    if limited:
+        masks = [requests[row].constraint.mask(requests[row].output) for row in limited]
+        scores[limited] = bar(scores[limited], masks)
     for row in users:
         request = requests[row]
         ids = torch.tensor([request.prompt + request.output], device=scores.device)  # [1, length]

@@ -83,12 +83,13 @@ class Tokenizer(Vocabulary):
         if not isinstance(model_input_names, (list, tuple)):
             raise TokenizerError(f"model_input_names must be a list, not {show(model_input_names)}")
         self.model_input_names = list(model_input_names)
+        self.made_of_it: dict[Any, Any] = {}  # by those who need it in another form
         self.clean_up_tokenization_spaces = bool(clean_up_tokenization_spaces)
         self.split_special_tokens = bool(split_special_tokens)
 
-    # The lock and the compiled templates stay behind when a tokenizer goes to another process.
+    # The lock and what was made of the tokenizer stay behind when it goes to another process.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_templates": {}}
+        return {**self.__dict__, "_lock": None, "_templates": {}, "made_of_it": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

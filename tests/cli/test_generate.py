@@ -107,3 +107,23 @@ def test_a_closed_pipe_is_no_error(program: Callable[..., subprocess.CompletedPr
         child.stdout.read(1)
         child.stdout.close()
         assert "Traceback" not in child.stderr.read()
+
+
+def test_an_answer_of_a_form(taut: Callable[..., Result], tmp_path) -> None:
+    schema = tmp_path / "schema.json"
+    properties = {"city": {"type": "string", "maxLength": 20}}
+    schema.write_text(
+        json.dumps({"type": "object", "properties": properties, "required": ["city"], "maxProperties": 1})
+    )
+    result = taut("generate", QUESTION, "--json-schema", str(schema), "--max-new-tokens", "60")
+    assert result.exit_code == 0, result.stderr
+    assert "Paris" in json.loads(result.stdout)["city"]
+    result = taut("generate", QUESTION, "--regex", "[A-Z][a-z]{2,6}")
+    assert re.fullmatch("[A-Z][a-z]{2,6}\n", result.stdout)
+    for options, message in (
+        (("--regex", "("), "response_format can't be compiled"),
+        (("--json-schema", str(tmp_path / "none.json")), "No such file"),
+        (("--json-schema", str(schema), "--regex", "x"), "--json-schema and --regex each say what"),
+    ):
+        result = taut("generate", QUESTION, *options)
+        assert result.exit_code == 1 and message in result.stderr
