@@ -60,7 +60,7 @@ def mechanisms(config: ModelConfig) -> Iterator[str]:
         yield "multipliers"
     if config.logit_softcap is not None:
         yield "soft-cap on logits"
-    if config.tied and config.kind == "decoder":
+    if config.tied and config.kind != "encoder":
         yield "tied head"
 
 
@@ -88,7 +88,7 @@ def _positions(config: ModelConfig, attns: list[Attn]) -> Iterator[str]:
         if len(set(ropes)) > 1:
             yield "another rotation for some layers"
     if config.positions is not None:
-        yield "learned positions"
+        yield "sinusoidal positions" if config.positions.sinusoidal else "learned positions"
     if attns[0].slopes is not None:
         yield "ALiBi"
     if attns[0].relative is not None:

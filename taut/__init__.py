@@ -17,7 +17,9 @@ _HOMES = {
     "AutoModelForCausalLM": "taut.auto",
     "AutoModelForMaskedLM": "taut.auto",
     "AutoModelForQuestionAnswering": "taut.auto",
+    "AutoModelForSeq2SeqLM": "taut.auto",
     "AutoModelForSequenceClassification": "taut.auto",
+    "AutoModelForTextEncoding": "taut.auto",
     "AutoModelForTokenClassification": "taut.auto",
     "AutoProcessor": "taut.processor",
     "AutoTokenizer": "taut.tokenizer",
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
     from taut.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
     from taut.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from taut.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from taut.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from taut.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
     from taut.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from taut.batch import Batch as Batch
     from taut.engine.dynamic_cache import DynamicCache as DynamicCache

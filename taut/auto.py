@@ -14,9 +14,12 @@ from taut.errors import ConfigError, nearest
 from taut.hub import config_file
 from taut.modeling import (
     CausalLM,
+    EncoderModel,
     HeadlessModel,
     MaskedLM,
     QuestionAnswerer,
+    Seq2SeqLM,
+    Seq2SeqModel,
     SequenceClassifier,
     TokenClassifier,
 )
@@ -109,13 +112,27 @@ class _Auto(PreTrainedModel):
 class AutoModel(_Auto):
     """Loads a model without a head: hidden states."""
 
-    kinds = MappingProxyType({"decoder": HeadlessModel, "encoder": HeadlessModel})
+    kinds = MappingProxyType(
+        {"decoder": HeadlessModel, "encoder": HeadlessModel, "encoder-decoder": Seq2SeqModel}
+    )
 
 
 class AutoModelForCausalLM(_Auto):
     """Loads a decoder that predicts the next token, and generates."""
 
     kinds = MappingProxyType({"decoder": CausalLM})
+
+
+class AutoModelForSeq2SeqLM(_Auto):
+    """Loads an encoder-decoder that predicts the next token, and generates."""
+
+    kinds = MappingProxyType({"encoder-decoder": Seq2SeqLM})
+
+
+class AutoModelForTextEncoding(_Auto):
+    """Loads the encoder of an encoder-decoder alone."""
+
+    kinds = MappingProxyType({"encoder-decoder": EncoderModel})
 
 
 class AutoModelForMaskedLM(_Auto):
@@ -148,6 +165,8 @@ AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
         for auto in (
             AutoModel,
             AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            AutoModelForTextEncoding,
             AutoModelForMaskedLM,
             AutoModelForSequenceClassification,
             AutoModelForTokenClassification,
@@ -180,8 +199,12 @@ def class_names() -> dict[str, tuple[str, type[_Auto]]]:
         module = family(model_type)
         for suffix, auto in SUFFIXES.items():
             name = f"{stem(module)}{suffix}"
-            if suffix in CAUSAL:
+            if suffix in CAUSAL or auto is AutoModelForSeq2SeqLM:
                 name = module.ARCHITECTURE
+            if auto is AutoModelForTextEncoding:  # transformers has such a class for few
+                name = f"{stem(module)}{EncoderModel.suffix}"
+                if not getattr(module, "ENCODER_ALONE", False):
+                    continue
             if kind(module) in auto.kinds:
                 found[name] = model_type, auto
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -247,13 +247,27 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Pairing:
+    """How a decoder goes with its `encoder`. `shared`: both look tokens up in one table. What comes before a
+    row's first token is the start token or, `start_is_last`, the last one of the row (mBART's language).
+    `repeats`: without inputs the decoder reads those of the encoder, shifted right. Embeddings given to the
+    decoder in place of tokens are multiplied by `embeds_scale`."""
+
+    encoder: ModelConfig
+    shared: bool = True
+    start_is_last: bool = False
+    repeats: bool = False
+    embeds_scale: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model, a "decoder", an "encoder" or an "encoder-decoder" by its `kind`. `context` is in tokens;
     `source` is the `config.json` it was read from, `names` what it calls keys that others call by the usual
     name, and `unused` lists the keys of it that nothing read or ignored by name.
 
-    Of an encoder-decoder this is the decoder, and `encoder` what its layers' `cross` attends to; `shared`:
-    both look tokens up in one table. `decoder_start_token_id` comes before the first token that it generates.
+    Of an encoder-decoder this is the decoder, and `pairing` says what its layers' `cross` attends to.
+    `decoder_start_token_id` comes before the first token that it generates.
 
     The embedding table has rows of `embed_dim`, times `embed_scale`; another `embed_dim` than `dim` is
     projected to `dim` on the way in and back on the way out. Whatever enters is multiplied by `input_scale`,
@@ -289,8 +303,7 @@ class ModelConfig:
     features: tuple[Features, ...] = ()
     weights_of: tuple[int, ...] | None = None
     heads: Heads = Heads(pooling="last", bias=False)
-    encoder: ModelConfig | None = None
-    shared: bool = True
+    pairing: Pairing | None = None
     decoder_start_token_id: int | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
@@ -307,6 +320,11 @@ class ModelConfig:
         if name.startswith("__") or key not in source:
             raise AttributeError(f"the config has no {name!r}{nearest(name, [*source, *names])}")
         return source[key]
+
+    @property
+    def encoder(self) -> ModelConfig | None:
+        """What a decoder's cross-attention attends to."""
+        return None if self.pairing is None else self.pairing.encoder
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -490,6 +508,16 @@ HOUSEKEEPING = (
     *("summary_first_dropout", "dropout"),
 )
 
+# Options of generation, which older files have beside the rest; `generation_config.json` comes first.
+GENERATION = (
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
+    *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"),
+    *("begin_suppress_tokens", "exponential_decay_length_penalty", "remove_invalid_values"),
+    *("output_scores", "return_dict_in_generate"),
+)
+
 
 def activation(reader: Reader, *keys: str, default: str) -> str:
     """The activation named by the first of `keys` that is present (the others are ignored by name)."""
@@ -614,10 +642,16 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     return tuple(slopes + [2.0 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)])
 
 
+def pair(config: ModelConfig, layers: Sequence[Layer], **fields: Any) -> ModelConfig:
+    """The decoder `config` with an encoder like it, of other `layers`; `fields` are those of `Pairing`."""
+    bare = replace(config, kind="encoder", layers=tuple(layers), heads=Heads(), unused=())
+    return replace(config, pairing=Pairing(encoder=bare, **fields))
+
+
 def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fields: Any) -> ModelConfig:
     """The `ModelConfig` of a model, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
-    reader.ignore(*HOUSEKEEPING)
+    reader.ignore(*HOUSEKEEPING, *GENERATION)
     reader.only("add_cross_attention", False)
     reader.ignore("quantization_config")  # about the files: `quant.choose` reads it, strictly
     name = reader.str("dtype", None) or reader.str("torch_dtype", None)
@@ -636,6 +670,7 @@ def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fiel
         "dtype": DTYPES[name.removeprefix("torch.")] if name else None,
         "bos_token_id": bos[0] if bos else None,
         "eos_token_ids": reader.ids("eos_token_id"),
+        "decoder_start_token_id": reader.int("decoder_start_token_id", None, minimum=0),
         "pad_token_id": pad[0] if pad else None,
         "source": dict(reader.data),
         "names": dict(reader.names),

@@ -326,15 +326,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Leeway:
-    """Where checkpoint and model may differ: modules that a checkpoint may lack (`fresh`, by our names; also
-    those of another shape, if `reshape`), and tensors that a model may (`spare`; `*` is a wildcard)."""
+    """Where checkpoint and model may differ: modules or parameters that a checkpoint may lack (`fresh`, by
+    our names; also those of another shape, if `reshape`), and tensors that a model may (`spare`; `*` is a
+    wildcard)."""
 
     fresh: tuple[str, ...] = ()
     reshape: bool = False
     spare: tuple[str, ...] = ()
 
     def may_lack(self, param: str) -> bool:
-        return any(param.startswith(f"{module}.") for module in self.fresh)
+        return any(param == name or param.startswith(f"{name}.") for name in self.fresh)
 
 
 def check(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taut.batch import Batch, PagedKV
+from taut.batch import Batch, PagedKV, Source
 from taut.errors import RequestError
 
 PAGE_SIZE = 16
@@ -38,6 +38,26 @@ class DynamicCache:
         cache = DynamicCache()
         cache.become(rows, width)
         return cache
+
+    @staticmethod
+    def asked(
+        given: Any, use_cache: bool | None = None, labels: Tensor | None = None
+    ) -> DynamicCache | None:
+        """The rows that a call of a model goes on from and extends; None where it is not asked to."""
+        if given is None and not use_cache:
+            return None
+        if labels is not None:
+            raise RequestError(
+                "a loss has gradients and the cache keeps none; leave out use_cache and past_key_values"
+            )
+        if use_cache is False:
+            raise RequestError("past_key_values is given and use_cache is False; leave out one of the two")
+        if given is not None and not isinstance(given, DynamicCache):
+            raise RequestError(
+                f"past_key_values is a {type(given).__name__}; expected what a call with use_cache=True "
+                "gave, or an empty taut.DynamicCache()"
+            )
+        return DynamicCache() if given is None else given
 
     def become(self, rows: Sequence[Sequence[int]], width: int) -> None:
         """Be the rows of these tokens instead."""
@@ -96,9 +116,10 @@ class DynamicCache:
             )
         return attention_mask[:, attention_mask.shape[1] - width :]
 
-    def extend(self, model: Any, batch: Batch) -> Batch:
+    def extend(self, model: Any, batch: Batch, source: Source | None = None) -> Batch:
         """A batch of new tokens as the continuation of these rows, with room for its keys. Computes the rows
-        first, where that is still to be done. `model` has a config and a packed `decoder`."""
+        first, where that is still to be done. `model` has a config and a packed `decoder`, which attends to
+        the `source`."""
         rows = batch.rows
         if self.lengths and rows != len(self.lengths):
             raise RequestError(f"past_key_values has {len(self.lengths)} rows, and the call {rows}")
@@ -106,7 +127,8 @@ class DynamicCache:
         if not self.computed and any(self.lengths):
             tokens, self.lengths = self.tokens, [0] * rows
             self.tokens = [[] for _ in tokens]
-            model.decoder(self._step(model, Batch.of(tokens, batch.positions.device)))
+            before = replace(Batch.of(tokens, batch.positions.device), source=source)
+            model.decoder(self._step(model, before))
             self.tokens, self.lengths = tokens, [len(row) for row in tokens]
         self.computed = True
         return self._step(model, batch)

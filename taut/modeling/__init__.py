@@ -8,3 +8,6 @@ from taut.modeling.heads import QuestionAnswerer as QuestionAnswerer
 from taut.modeling.heads import SequenceClassifier as SequenceClassifier
 from taut.modeling.heads import TokenClassifier as TokenClassifier
 from taut.modeling.output import ModelOutput as ModelOutput
+from taut.modeling.seq2seq import EncoderModel as EncoderModel
+from taut.modeling.seq2seq import Seq2SeqLM as Seq2SeqLM
+from taut.modeling.seq2seq import Seq2SeqModel as Seq2SeqModel

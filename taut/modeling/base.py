@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from taut import weights
 from taut.batch import Batch
-from taut.checkpoint import open_checkpoint, write_safetensors
+from taut.checkpoint import LazyTensor, open_checkpoint, write_safetensors
 from taut.checkpoint.base import some
-from taut.config import ModelConfig
+from taut.config import GENERATION, ModelConfig
 from taut.engine.generation import GenerationConfig
 from taut.engine.replay import Replays
 from taut.errors import RequestError, nearest
@@ -27,6 +27,7 @@ from taut.hub import resolve
 from taut.kernels.attention import Call, explain
 from taut.layers.attention import Attention
 from taut.layers.block import Block
+from taut.layers.embedding import PositionEmbedding
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 from taut.modeling.labels import relabelled
@@ -57,11 +58,13 @@ class PreTrainedModel(nn.Module):
     What it computes before its head is the module `model`. `suffix` ends the class's name in transformers.
     `head` names modules that a checkpoint may lack (they are then initialised, with a warning) and that stay
     dense when a model is quantized while loading; a class with `whole=False` also takes checkpoints with
-    another head, which it leaves out.
+    another head, which it leaves out. `computed` names modules and parameters that files may lack since they
+    follow from the config.
     """
 
     suffix = ""
     head: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
     whole = True
 
     def __init__(self, config: ModelConfig):
@@ -70,7 +73,7 @@ class PreTrainedModel(nn.Module):
         self.generation_config: GenerationConfig | None = None  # of models that generate
         self.quantization_config: BitsAndBytesConfig | None = None
         self.load_report = weights.Report()
-        self._replays: Replays | None = None
+        self._replays: dict[nn.Module, Replays] = {}
 
     # ------------------------------------------------------------------------------------ what it is
 
@@ -130,9 +133,9 @@ class PreTrainedModel(nn.Module):
     def packed(self, module: nn.Module, batch: Batch) -> Tensor:
         """`module(batch)` for one of this model's packed modules; on a GPU by a CUDA graph where launching
         its kernels would take longer than they do, and no gradient is wanted."""
-        if self._replays is None or self._replays.module is not module:
-            self._replays = Replays(self, module)
-        return self._replays(batch)
+        if module not in self._replays:
+            self._replays[module] = Replays(self, module)
+        return self._replays[module](batch)
 
     def prepare_inference(self) -> None:
         """Bring weights into the layout in which inference reads them fastest, one at a time; they go back
@@ -191,6 +194,13 @@ class PreTrainedModel(nn.Module):
         """The class that `config` is a model of: this one, unless it stands for several. `ConfigError`, which
         names `source`, where there is none."""
         return cls
+
+    @classmethod
+    def adapt(
+        cls, config: ModelConfig, tensors: Mapping[str, LazyTensor]
+    ) -> tuple[ModelConfig, Mapping[str, LazyTensor]]:
+        """The config, where a checkpoint's tensors know better than it, and these tensors."""
+        return config, tensors
 
     @classmethod
     def from_pretrained(
@@ -265,6 +275,7 @@ class PreTrainedModel(nn.Module):
             given = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
             config = read_config(given, "config")
         chosen = cls.of(config, str(path))
+        config, tensors = chosen.adapt(config, checkpoint.tensors)
         config = relabelled(
             config,
             num_labels=num_labels,
@@ -282,7 +293,7 @@ class PreTrainedModel(nn.Module):
         known = model.layouts()
         prefix = weights.prefix_of(weights.layout(model, known[0]))
         names = {piece.disk for mapping in known for piece in weights.layout(model, mapping)}
-        tensors = weights.without_greek(weights.with_prefix(checkpoint.tensors, prefix, names), names)
+        tensors = weights.without_greek(weights.with_prefix(tensors, prefix, names), names)
         checkpoint = replace(checkpoint, tensors=tensors)
         mapping = weights.fitting(model, known, tensors)
         layout = weights.layout(model, mapping)
@@ -310,11 +321,12 @@ class PreTrainedModel(nn.Module):
             )
         if model.load_report.fresh:
             model.init_weights(only=model.load_report.fresh)
-            _warn_fresh(model.load_report, str(name), model.architecture())
+            _warn_fresh(model, str(name))
         model.quantization_config = packing.config
         if model.generation_config is not None:
             own = model.generation_config.to_dict()
-            model.generation_config = GenerationConfig.from_dict({**own, **checkpoint.generation})
+            given = checkpoint.generation or {k: v for k, v in checkpoint.config.items() if k in GENERATION}
+            model.generation_config = GenerationConfig.from_dict({**own, **given})
         model.set_attn_implementation(attn_implementation or "auto", strict=strict)
         return model.eval()
 
@@ -340,7 +352,7 @@ class PreTrainedModel(nn.Module):
         if not self.whole and prefix is not None:
             spare = tuple(name for name in tensors if not name.startswith(f"{prefix}."))
             spare += (f"{prefix}.pooler.*",)
-        return weights.Leeway(fresh=self.head, reshape=reshape, spare=spare)
+        return weights.Leeway(fresh=(*self.head, *self.computed), reshape=reshape, spare=spare)
 
     def heads_on_disk(self, layout: Sequence[weights.Piece], prefix: str | None) -> list[str]:
         """What files call the modules of `head`, less the word that headless files leave out."""
@@ -362,6 +374,8 @@ class PreTrainedModel(nn.Module):
             module = self.get_submodule(name.rpartition(".")[0])
             if name.endswith("bias"):
                 nn.init.zeros_(param)
+            elif isinstance(module, PositionEmbedding) and module.config.sinusoidal:
+                module.compute()
             elif isinstance(module, Norm | HeadNorm):
                 nn.init.constant_(param, 1.0 - module.config.offset)
             else:
@@ -430,11 +444,15 @@ class PreTrainedModel(nn.Module):
             self.generation_config.save_pretrained(folder)
 
 
-def _warn_fresh(report: weights.Report, name: str, kind: str) -> None:
+def _warn_fresh(model: PreTrainedModel, name: str) -> None:
+    report, computed = model.load_report, weights.Leeway(fresh=model.computed)
+    fresh = [param for param in report.fresh if not computed.may_lack(param)]
+    if not fresh:
+        return
     left_out = f"; of the checkpoint, {some(report.left_out)} was left out" if report.left_out else ""
     warnings.warn(
-        f"{name} has no weights for {some(report.fresh, 12)} of a {kind}: they are newly initialised, and "
-        f"should be trained before they are used{left_out}",
+        f"{name} has no weights for {some(fresh, 12)} of a {model.architecture()}: they are newly "
+        f"initialised, and should be trained before they are used{left_out}",
         stacklevel=3,
     )
 

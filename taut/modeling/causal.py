@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taut.batch import Batch
 from taut.config import ModelConfig
 from taut.engine.dynamic_cache import DynamicCache
-from taut.engine.generation import GenerationConfig
 from taut.errors import RequestError
-from taut.kernels.linear_ce import linear_cross_entropy
 from taut.layers.block import Decoder
-from taut.layers.linear import Linear
-from taut.modeling.generation import GenerationMixin
-from taut.modeling.labels import token_loss
+from taut.modeling.language import LanguageHead
 from taut.modeling.output import Later, ModelOutput
 from taut.modeling.text import TextModel, token_labels
 from taut.models import family
@@ -24,7 +20,7 @@ from taut.models import family
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # how classes with this head are called
 
 
-class CausalLM(GenerationMixin, TextModel):
+class CausalLM(LanguageHead, TextModel):
     """A decoder with a language-model head.
 
     `model.decoder(batch)` is the packed call that everything goes through; `model(input_ids, ...)` and
@@ -35,11 +31,7 @@ class CausalLM(GenerationMixin, TextModel):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__(config, dtype=dtype)
-        self.generation_config = GenerationConfig.from_dict(token_ids(config))
-        self.lm_head = None
-        if not config.tied:
-            width = config.embed_dim or config.dim
-            self.lm_head = Linear(width, config.vocab_size, bias=config.head_bias, dtype=dtype)
+        self.make_head(config, bias=config.head_bias, dtype=dtype)
         self.eval()
 
     # ------------------------------------------------------------------------------------ what it is
@@ -49,27 +41,11 @@ class CausalLM(GenerationMixin, TextModel):
         """`decoder(batch) -> hidden [tokens, dim]`."""
         return self.model
 
-    def ignored(self) -> tuple[str, ...]:
-        return ("lm_head.weight",) if self.config.tied else ()
-
     def architecture(self) -> str:
         own = self.config.architecture
         return own if own.endswith(CAUSAL) else family(self.config.model_type).ARCHITECTURE
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens if self.lm_head is None else self.lm_head
-
     # ------------------------------------------------------------------------------------ computing
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits `[n, vocab]` (float64 for a float64 model) of hidden states `[n, dim]`."""
-        scores = self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head(hidden)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        if self.config.logit_scale is not None:
-            scores = scores * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            scores = self.config.logit_softcap * torch.tanh(scores / self.config.logit_softcap)
-        return scores
 
     def forward(
         self,
@@ -102,7 +78,7 @@ class CausalLM(GenerationMixin, TextModel):
 
         Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
         """
-        past = self._past(past_key_values, use_cache, labels)
+        past = DynamicCache.asked(past_key_values, use_cache, labels)
         if past is not None:
             width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             attention_mask = past.new_columns(attention_mask, width)
@@ -122,7 +98,7 @@ class CausalLM(GenerationMixin, TextModel):
             if logits_to_keep:
                 raise RequestError("labels need every position's logits; leave logits_to_keep at 0")
             targets = next_tokens(token_labels(labels, found), found.batch)
-            loss = self._loss(hidden, targets, num_items_in_batch)
+            loss = self.loss(hidden, targets, num_items_in_batch)
             # A long batch's logits are large, and who trains seldom looks at them.
             logits = Later(lambda: grid.unpack(self.logits(kept)))
         else:
@@ -136,54 +112,6 @@ class CausalLM(GenerationMixin, TextModel):
         )
         return output if return_dict else output.to_tuple()
 
-    @staticmethod
-    def _past(given: Any, use_cache: bool | None, labels: Tensor | None) -> DynamicCache | None:
-        """The rows that a call goes on from and extends; None where it is not asked to."""
-        if given is None and not use_cache:
-            return None
-        if labels is not None:
-            raise RequestError(
-                "a loss has gradients and the cache keeps none; leave out use_cache and past_key_values"
-            )
-        if use_cache is False:
-            raise RequestError("past_key_values is given and use_cache is False; leave out one of the two")
-        if given is not None and not isinstance(given, DynamicCache):
-            raise RequestError(
-                f"past_key_values is a {type(given).__name__}; expected what a call with use_cache=True "
-                "gave, or an empty taut.DynamicCache()"
-            )
-        return DynamicCache() if given is None else given
-
-    def _loss(self, hidden: Tensor, targets: Tensor, items: int | Tensor | None) -> Tensor:
-        """Cross-entropy of the logits of `hidden` `[tokens, dim]` against `targets` `[tokens]`, a mean or a
-        sum over `items`; in chunks of tokens, so that not all logits are there at once."""
-        c, head = self.config, self.lm_head if self.lm_head is not None else self.model.embed_tokens
-        watched = head._forward_hooks or head._forward_pre_hooks
-        if watched or head.weight is None or head.weight.is_mkldnn:
-            return token_loss(self.logits(hidden), targets, items)
-        return linear_cross_entropy(
-            hidden,
-            head.weight,
-            targets,
-            getattr(head, "bias", None),
-            scale=1.0 if c.logit_scale is None else c.logit_scale,
-            softcap=c.logit_softcap,
-            divisor=items,
-        )
-
-    def prepare_inference(self) -> None:
-        super().prepare_inference()
-        if self.lm_head is None and not self.training:
-            self.model.embed_tokens.block()
-
-    @torch.no_grad()
-    def locate_nonfinite(self, batch: Batch) -> str:
-        """The first module whose weights or output are not finite for this batch, in order of computation;
-        runs the batch once more."""
-        with self._first_nonfinite() as found:
-            self.logits(self.decoder(batch))
-        return found[0] if found else "the head's logits"
-
 
 def next_tokens(labels: Tensor, batch: Batch) -> Tensor:
     """What each token is to predict, `[tokens]`: the label of its row's next one; -100 for a row's last."""
@@ -193,13 +121,3 @@ def next_tokens(labels: Tensor, batch: Batch) -> Tensor:
         # Where a row without tokens ends, another does too.
         targets.index_fill_(0, (batch.starts[1:].long() - 1) % len(labels), -100)
     return targets
-
-
-def token_ids(config: ModelConfig) -> dict[str, Any]:
-    """The special tokens that a `config.json` names, as options of generation."""
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids) or None,
-        "pad_token_id": config.pad_token_id,
-    }
-    return {name: value for name, value in ids.items() if value is not None}

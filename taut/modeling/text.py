@@ -16,7 +16,7 @@ from taut.config import ModelConfig
 from taut.engine.dynamic_cache import DynamicCache
 from taut.errors import RequestError
 from taut.kernels.attention import attention_weights
-from taut.layers.block import Decoder
+from taut.layers.block import Decoder, Stack
 from taut.layers.encoder import Encoder
 from taut.modeling.base import PreTrainedModel
 
@@ -36,20 +36,34 @@ class Encoded:
         """`hidden_states`, one `[rows, width, dim]` before each block and one at the end, and `attentions`,
         one `[rows, heads, width, width]` a block; zeros at padding, None where not asked for."""
         return {
-            "hidden_states": tuple(self.padding.unpack(state) for state in self.states) or None,
-            "attentions": tuple(self._grid(rows) for rows in self.weights) or None,
+            "hidden_states": self.hidden_states,
+            "attentions": tuple(self.grid(rows, self) for rows in self.weights) or None,
         }
 
-    def _grid(self, rows: tuple[Tensor, ...]) -> Tensor:
-        """One block's weights in the padded shape."""
-        grid, bounds = self.padding, self.batch.starts.tolist()
-        index = torch.arange(self.batch.tokens) if grid.index is None else grid.index.cpu()
-        whole = self.hidden.new_zeros(grid.rows, rows[0].shape[0] if rows else 0, grid.width, grid.width)
-        spans = [(begin, end) for begin, end in pairwise(bounds) if begin < end]
-        for (begin, end), weights in zip(spans, rows, strict=True):
-            row, columns = int(index[begin]) // grid.width, index[begin:end] % grid.width
-            columns = columns.to(whole.device)
-            whole[row, :, columns[:, None], columns] = weights.to(whole.dtype)
+    @property
+    def hidden_states(self) -> tuple[Tensor, ...] | None:
+        return tuple(self.padding.unpack(state) for state in self.states) or None
+
+    def columns(self) -> list[tuple[int, Tensor]]:
+        """Of each row of the batch, its row and columns in the padded shape."""
+        width, device = self.padding.width, self.hidden.device
+        index = self.padding.index
+        index = torch.arange(self.batch.tokens) if index is None else index.cpu()
+        spans = pairwise(self.batch.starts.tolist())
+        return [
+            (int(index[begin]) // width if begin < end else -1, (index[begin:end] % width).to(device))
+            for begin, end in spans
+        ]
+
+    def grid(self, rows: tuple[Tensor, ...], keys: Encoded) -> Tensor:
+        """One block's weights in the padded shape, `[rows, heads, width, width of the keys]`."""
+        heads = rows[0].shape[0] if rows else 0
+        whole = self.hidden.new_zeros(self.padding.rows, heads, self.padding.width, keys.padding.width)
+        left = iter(rows)
+        for (row, columns), (_, seen) in zip(self.columns(), keys.columns(), strict=True):
+            if len(columns):
+                weights = next(left).to(whole.dtype)
+                whole[row, :, columns[:, None], seen] = weights
         return whole
 
 
@@ -89,7 +103,7 @@ class TextModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise RequestError("give exactly one of input_ids and inputs_embeds")
         if input_ids is not None:
-            self._check_ids(input_ids)
+            check_ids(input_ids, self.config.vocab_size)
         grid = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         encoder = isinstance(self.model, Encoder)
         if position_ids is not None and encoder and self.config.positions is not None:
@@ -97,39 +111,19 @@ class TextModel(PreTrainedModel):
         columns = self._columns(features or {}, grid)
         inside = position_ids if past is None else None  # they follow from rows that there are
         batch, padding = pack(input_ids, attention_mask, inside, inputs_embeds, columns)
-        found = Encoded(batch, padding, batch.positions)
-        collected = attention_weights() if output_attentions else nullcontext([])
-        with self._collect(bool(output_hidden_states)) as found.states, collected as found.weights:
-            if past is not None:
-                self._go_on(found, past, position_ids)
-            else:
-                found.hidden = self.model(batch) if output_attentions else self.packed(self.model, batch)
-        return found
-
-    @torch.no_grad()
-    def _go_on(self, found: Encoded, past: DynamicCache, position_ids: Tensor | None) -> None:
-        """Run the stack over tokens that continue rows; without gradients, which cached keys don't keep."""
-        found.batch = past.extend(self, found.batch)
-        if position_ids is not None:
-            grid = found.padding
-            given = grid.pack(position_ids.expand(grid.rows, grid.width).to(found.batch.positions.device))
-            if not torch.equal(given.to(found.batch.positions.dtype), found.batch.positions):
-                raise RequestError(
-                    "position_ids are not those of the tokens behind past_key_values, each row's own count "
-                    "from 0; leave position_ids out"
-                )
-        found.hidden = self.model(found.batch)
-        past.advance(found.batch, found.padding.width)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        if ids.dim() != 2 or ids.is_floating_point():
-            raise RequestError(f"input_ids is {ids.dtype} {list(ids.shape)}; expected int64 [rows, width]")
-        if (bad := _outside(ids, self.config.vocab_size)) is not None:
-            at, value = bad
-            raise RequestError(
-                f"input_ids{at} is {value}; the vocabulary has ids 0 to "
-                f"{self.config.vocab_size - 1}: is the tokenizer the one of this model?"
-            )
+        if past is not None:
+            with torch.no_grad():
+                batch = past.extend(self, batch)
+            _check_positions(position_ids, batch, padding)
+        return run(
+            self,
+            self.model,
+            batch,
+            padding,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            past=past,
+        )
 
     def _columns(self, given: Mapping[str, Tensor | None], grid: torch.Size) -> Tensor | None:
         """The features of each token as the model's tables take them, `[rows, width, features]`; None where
@@ -163,22 +157,71 @@ class TextModel(PreTrainedModel):
             columns.append(value.to(torch.int64))
         return torch.cat(columns, -1)
 
-    @contextmanager
-    def _collect(self, wanted: bool) -> Iterator[list[Tensor]]:
-        """What enters each block, and what leaves the stack, as they are computed."""
-        states: list[Tensor] = []
-        hooks = []
-        if wanted:
-            hooks = [
-                layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
-                for layer in dict.fromkeys(self.model.layers)
-            ]
-            hooks.append(self.model.register_forward_hook(lambda _m, _i, out: states.append(out)))
-        try:
-            yield states
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+def run(
+    model: PreTrainedModel,
+    stack: Stack,
+    batch: Batch,
+    padding: Padding,
+    *,
+    output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None,
+    past: DynamicCache | None = None,
+) -> Encoded:
+    """What a stack of `model` makes of a batch, which may extend the rows of `past`: then without gradients,
+    since cached keys keep none."""
+    found = Encoded(batch, padding, batch.positions)
+    collected = attention_weights() if output_attentions else nullcontext([])
+    with _collect(stack, bool(output_hidden_states)) as found.states, collected as found.weights:
+        if past is not None:
+            with torch.no_grad():
+                found.hidden = stack(batch)
+            past.advance(batch, padding.width)
+        else:
+            found.hidden = stack(batch) if output_attentions else model.packed(stack, batch)
+    return found
+
+
+def _check_positions(position_ids: Tensor | None, batch: Batch, padding: Padding) -> None:
+    """Raise unless given positions are those of the tokens of a batch that continues rows."""
+    if position_ids is None:
+        return
+    given = padding.pack(position_ids.expand(padding.rows, padding.width).to(batch.positions.device))
+    if not torch.equal(given.to(batch.positions.dtype), batch.positions):
+        raise RequestError(
+            "position_ids are not those of the tokens behind past_key_values, each row's own count "
+            "from 0; leave position_ids out"
+        )
+
+
+@contextmanager
+def _collect(stack: Stack, wanted: bool) -> Iterator[list[Tensor]]:
+    """What enters each block, and what leaves the stack, as they are computed."""
+    states: list[Tensor] = []
+    hooks = []
+    if wanted:
+        hooks = [
+            layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
+            for layer in dict.fromkeys(stack.layers)
+        ]
+        hooks.append(stack.register_forward_hook(lambda _m, _i, out: states.append(out)))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_ids(ids: Tensor, vocab: int, name: str = "input_ids") -> None:
+    """Raise `RequestError` unless `ids` are integers `[rows, width]` and, on a CPU, below `vocab`."""
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise RequestError(f"{name} is {ids.dtype} {list(ids.shape)}; expected int64 [rows, width]")
+    if (bad := _outside(ids, vocab)) is not None:
+        at, value = bad
+        raise RequestError(
+            f"{name}{at} is {value}; the vocabulary has ids 0 to {vocab - 1}: is the tokenizer the one of "
+            "this model?"
+        )
 
 
 def token_labels(labels: Tensor, encoded: Encoded) -> Tensor:

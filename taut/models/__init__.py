@@ -18,7 +18,13 @@ from taut.weights import Rename, Rule, apart
 
 # How class names of transformers end, and the kind of model that a family is whose `ARCHITECTURE` ends so.
 _KINDS: Mapping[str, str] = MappingProxyType(
-    {"ForCausalLM": "decoder", "LMHeadModel": "decoder", "ForMaskedLM": "encoder"}
+    {
+        "ForCausalLM": "decoder",
+        "LMHeadModel": "decoder",
+        "ForMaskedLM": "encoder",
+        "ForConditionalGeneration": "encoder-decoder",
+        "MTModel": "encoder-decoder",
+    }
 )
 
 # What files of every family of a kind call the heads that they weren't trained with.

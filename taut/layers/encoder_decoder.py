@@ -1,0 +1,39 @@
+"""An encoder and the decoder that attends to what it gives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from taut.batch import PagedKV
+from taut.config import ModelConfig
+from taut.errors import ConfigError
+from taut.layers.block import Decoder
+from taut.layers.encoder import Encoder
+
+
+class EncoderDecoder(nn.Module):
+    """`encoder(batch)` gives hidden states, and `decoder(batch)` attends to those in `batch.source`; both
+    look tokens up in one table where they share it."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        for index, layer in enumerate(config.layers):
+            own, cross = ((a.kv_heads, a.head_dim) for a in (layer.attn, layer.cross))
+            if own != cross:
+                raise ConfigError(
+                    f"decoder layer {index} has key heads (count, size) {own} for itself and {cross} for its "
+                    "source; both lie in one cache, so they must be equal"
+                )
+        self.encoder = Encoder(config.encoder, dtype=dtype)
+        self.decoder = Decoder(config, dtype=dtype)
+        if config.pairing.shared:
+            self.decoder.embed_tokens = self.encoder.embed_tokens
+
+    def store(self, hidden: Tensor, cache: PagedKV) -> None:
+        """Write the keys and values that the decoder's layers make of an encoder's states `[tokens, dim]` to
+        their slots in the cache."""
+        for layer in self.decoder.layers:
+            attn = layer.encoder_attn
+            for made, place in zip(attn.keys(hidden), (cache.keys, cache.values), strict=True):
+                place[attn.index].flatten(0, 1).index_copy_(0, cache.slots, made)
