@@ -597,7 +597,7 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
         groups.setdefault(piece.disk, []).append(piece)
-    units = _units(model, pieces)
+    packed = units(model, pieces)
 
     def assemble(name: str, group: list[Piece]) -> Tensor:
         parts = [p.view(dense(params[p.param])) for p in group]
@@ -610,7 +610,7 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
 
     out = []
     for name, group in groups.items():
-        shape, unit = disk_shapes[name], units.get(name)
+        shape, unit = disk_shapes[name], packed.get(name)
         if unit is None:
             make = lambda name=name, group=group: assemble(name, group)  # noqa: E731
             out.append(Deferred(name, shape, params[group[0].param].dtype, make))
@@ -630,12 +630,13 @@ def _flipped(whole: Tensor, flip: bool) -> Tensor:
     return (whole.T if flip else whole).contiguous()
 
 
-def _units(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, Packed]:
-    """The matrices that a model holds packed, by their disk names."""
+def units(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, Packed]:
+    """The matrices that a model holds packed, by their disk names; not those that lie in a stack on disk,
+    which has no name for each."""
     found = {}
     for name, own in _linear_pieces(model, pieces).items():
         packed = model.get_submodule(name.removesuffix(".weight")).packed
-        if packed is not None:
+        if packed is not None and own[0].entry is None:
             names = dict.fromkeys(piece.disk for piece in own)
             found.update(zip(names, packed.units(), strict=True))
     return found

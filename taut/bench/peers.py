@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,8 @@ from taut.bench.cases import Inputs
 from taut.bench.measure import synchronize
 from taut.bench.subjects import check_count
 from taut.errors import RequestError, nearest
+from taut.quant.base import Packed
+from taut.quant.int8 import Int8
 
 # Attention of transformers -> the name that charts show.
 ATTENTIONS: Mapping[str, str] = MappingProxyType(
@@ -33,14 +35,20 @@ PEERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _OF_THE_FILE = ("model_type", "transformers_version", "quantization_config", "_name_or_path", "auto_map")
 
 
-def require(peers: str) -> None:
-    """`RequestError` for a name of `--peers` that is unknown, and where transformers is not installed."""
+def require(peers: str, *, packed: bool = False) -> None:
+    """`RequestError` for a name of `--peers` that is unknown, and where transformers, or bitsandbytes for
+    `packed` weights, is not installed."""
     if peers not in PEERS:
         raise RequestError(f"--peers is {peers!r}; known: {', '.join(PEERS)}{nearest(peers, PEERS)}")
     if PEERS[peers] and importlib.util.find_spec("transformers") is None:
         raise RequestError(
             f"--peers {peers} needs transformers, which is not installed; pip install transformers, or "
             "measure Taut alone with --peers none"
+        )
+    if PEERS[peers] and packed and importlib.util.find_spec("bitsandbytes") is None:
+        raise RequestError(
+            f"--load-in with --peers {peers} needs bitsandbytes, which is not installed; pip install "
+            "bitsandbytes, or measure Taut alone with --peers none"
         )
 
 
@@ -63,10 +71,10 @@ def attentions(peers: str, *, dtype: torch.dtype, device: torch.device) -> tuple
 class Transformers:
     """A transformers model under measurement."""
 
-    def __init__(self, model: Any, attention: str, *, all_logits: bool = False):
+    def __init__(self, model: Any, attention: str, *, form: str | None = None, all_logits: bool = False):
         self.model = model
-        self.name = ATTENTIONS[attention]
-        held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+        self.name = ATTENTIONS[attention] if form is None else f"{ATTENTIONS[attention]} {form}"
+        held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers(), *_scales(model))}
         self.weights_bytes = sum(held.values())
         self.generates = model.can_generate()
         self._options: dict[str, Any] = {}
@@ -111,11 +119,14 @@ def make_peers(
     auto: str,
     dtype: torch.dtype,
     device: torch.device,
+    packed: Mapping[str, Packed] = MappingProxyType({}),
+    form: str | None = None,
     all_logits: bool = False,
 ) -> tuple[list[Transformers], list[str]]:
     """One subject for each attention in `wanted`: `config` is what config.json says, `state` the weights
-    under the names of checkpoints. The subjects compute with the very tensors of `state`. Also a note for
-    each attention that transformers does not have for the family.
+    under the names of transformers' modules. The subjects compute with the very tensors of `state`, and
+    through bitsandbytes with those of `packed`, which take the place of linear layers. `form` is added to
+    their names. Also a note for each attention that transformers does not have for the family.
 
     `RequestError` where transformers does not know the family, or names its weights otherwise.
     """
@@ -142,8 +153,10 @@ def make_peers(
             reason = str(error).strip().partition(". ")[0]
             notes.append(f"transformers with {attention} is left out: {reason}")
             continue
-        _fill(model, dict(state))
-        found.append(Transformers(model.to(device).eval(), attention, all_logits=all_logits))
+        for name, matrix in packed.items():
+            _pack(model, name.removesuffix(".weight"), matrix, dtype)
+        _fill(model, dict(state), packed)
+        found.append(Transformers(model.to(device).eval(), attention, form=form, all_logits=all_logits))
     return found, notes
 
 
@@ -164,9 +177,41 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put the tensors of `state` in place of the model's empty parameters, all of them."""
+def _pack(model: nn.Module, name: str, matrix: Packed, dtype: torch.dtype) -> None:
+    """Let bitsandbytes compute the linear layer `name` with a matrix of Taut's, in the same memory."""
+    from bitsandbytes import nn as bnb
+
+    parts = matrix.stored(dtype)
+    codes = parts.pop("weight")
+    old = model.get_submodule(name)
+    size = {"input_features": matrix.in_features, "output_features": matrix.out_features}
+    size["bias"] = getattr(old, "bias", None) is not None
+    with _parameters_on_meta():
+        if isinstance(matrix, Int8):
+            new = bnb.Linear8bitLt(**size, has_fp16_weights=False, threshold=matrix.threshold)
+        else:
+            new = bnb.Linear4bit(**size, compute_dtype=matrix.compute or dtype, quant_type=matrix.kind)
+    if isinstance(matrix, Int8):
+        weight = bnb.Int8Params(codes, requires_grad=False, CB=codes, SCB=parts["SCB"])
+    else:
+        weight = bnb.Params4bit.from_prequantized(codes, parts, device=codes.device, module=new)
+    new.register_parameter("weight", weight)
+    model.set_submodule(name, new)
+
+
+def _scales(model: nn.Module) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside its codes."""
+    for param in model.parameters():
+        state = getattr(param, "quant_state", None)
+        found = [getattr(param, "SCB", None), getattr(state, "absmax", None)]
+        found.append(getattr(getattr(state, "state2", None), "absmax", None))
+        yield from (tensor for tensor in found if tensor is not None)
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], packed: Collection[str] = ()) -> None:
+    """Put the tensors of `state` in place of the model's empty parameters, all but the `packed` ones."""
     names = dict(model.named_parameters(remove_duplicate=False))
+    names = {name: param for name, param in names.items() if name not in packed}
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in names):  # a model without a head has its modules on top
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -84,7 +84,7 @@ def _figure(report: Report, chart: Chart, points: list[Point], panels: list[int]
                     label=subject,
                     marker=_MARKERS[index % len(_MARKERS)],
                     color=f"C{index}",
-                    linewidth=2.4 if subject == "taut" else 1.2,
+                    linewidth=2.4 if subject.startswith("taut") else 1.2,
                     capsize=3,
                 )
             # What did not fit stands at the top of the panel, where it would have gone.

@@ -16,7 +16,7 @@ import torch
 from taut.bench.measure import Point
 from taut.errors import RequestError
 
-PACKAGES = ("taut", "torch", "triton", "transformers", "flash_attn", "numpy")
+PACKAGES = ("taut", "torch", "triton", "transformers", "bitsandbytes", "flash_attn", "numpy")
 
 
 @dataclass

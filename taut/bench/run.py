@@ -14,12 +14,14 @@ from taut.bench import cases, peers, plot, report, shapes, table
 from taut.bench.cases import KINDS, UNCOUNTED, Case, Inputs
 from taut.bench.measure import Point, frozen, measure, release
 from taut.bench.report import Report
-from taut.bench.subjects import Taut, make_model, shared_weights
+from taut.bench.subjects import Taut, make_model, packed_weights, quantized, shared_weights
 from taut.config import DTYPES
 from taut.errors import RequestError
 from taut.hub import default_model
+from taut.layers.moe import Experts
 from taut.modeling import CausalLM
 from taut.placement import pick_device
+from taut.quant.config import BitsAndBytesConfig, named
 
 LOGITS = ("last", "all")
 
@@ -44,6 +46,7 @@ class Options:
     plot: Path | None = None
     revision: str | None = None
     local_files_only: bool = False
+    load_in: str | None = None
 
 
 def run(options: Options) -> bool:
@@ -74,7 +77,8 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
         raise RequestError(f"--logits is {options.logits!r}; known: {', '.join(LOGITS)}")
     if options.repeats < 1:
         raise RequestError(f"--repeats is {options.repeats}; expected at least 1")
-    peers.require(options.peers)
+    packing = None if options.load_in is None else named(options.load_in)
+    peers.require(options.peers, packed=packing is not None)
     if options.json is not None:
         report.check_writable(options.json)
     if options.plot is not None:
@@ -102,25 +106,8 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
                 f"{name} has a context of {model.config.context} tokens, and a case takes {span}; lower "
                 "--lengths, --contexts or --new-tokens"
             )
-    every = options.logits == "all"
-    own = Taut(model, all_logits=every)
-    attentions, notes = peers.attentions(options.peers, dtype=model.dtype, device=device)
-    if own.packed and attentions:
-        notes.append("Taut computes with packed weights, the peers with the same values unpacked")
-    state = shared_weights(model) if attentions else {}
-    others, lacking = peers.make_peers(
-        attentions,
-        model.config.source,
-        state,
-        auto=auto,
-        dtype=model.dtype,
-        device=device,
-        all_logits=every,
-    )
-    del state
-    notes += lacking
+    subjects, notes = _subjects(model, packing, options, auto=auto, device=device)
     release(device)
-    subjects = [own, *others]
     found = Report(
         model=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -131,9 +118,10 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
             "peers": options.peers,
             "repeats": options.repeats,
             "logits": options.logits,
+            "load_in": options.load_in,
             "uncounted_decode_tokens": UNCOUNTED,
         },
-        weights_bytes=own.weights_bytes,
+        weights_bytes=subjects[0].weights_bytes,
         notes=notes,
     )
     with frozen():
@@ -156,6 +144,41 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
         if options.json is not None:
             found.write(options.json)
     return found
+
+
+def _subjects(
+    model: Any, packing: BitsAndBytesConfig | None, options: Options, *, auto: str, device: torch.device
+) -> tuple[list[Any], list[str]]:
+    """Taut and its peers on one model; with `packing` first in that format, then in the model's own dtype.
+    Also what is to be said of them."""
+    every = options.logits == "all"
+    wanted, notes = peers.attentions(options.peers, dtype=model.dtype, device=device)
+    source, common = model.config.source, {"auto": auto, "dtype": model.dtype, "device": device}
+    subjects: list[Any] = []
+    form = None
+    if packing is not None:
+        small = quantized(model, packing)
+        subjects.append(Taut(small, name=f"taut {packing.format}", all_logits=every))
+        if wanted:
+            packed = packed_weights(small)
+            if any(isinstance(m, Experts) for m in small.modules()):
+                notes.append(
+                    "transformers keeps experts in one tensor a layer, which bitsandbytes does not pack: the "
+                    f"peer has the same values in {model.dtype}".replace("torch.", "")
+                )
+            state = shared_weights(small, without=packed)
+            others, lacking = peers.make_peers(
+                wanted, source, state, packed=packed, form=packing.format, all_logits=every, **common
+            )
+            subjects += others
+        form = str(model.dtype).removeprefix("torch.")
+    own = Taut(model, name="taut" if form is None else f"taut {form}", all_logits=every)
+    subjects.append(own)
+    if own.packed and wanted:
+        notes.append("Taut computes with packed weights, the peers with the same values unpacked")
+    state = shared_weights(model) if wanted else {}
+    others, lacking = peers.make_peers(wanted, source, state, form=form, all_logits=every, **common)
+    return subjects + others, notes + lacking
 
 
 @torch.inference_mode()

@@ -99,6 +99,59 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
                 "eos_token_id": 128001,
             }
         ),
+        "mixtral-8x7b": Shape(
+            {
+                **_LLAMA,
+                "model_type": "mixtral",
+                "vocab_size": 32000,
+                "intermediate_size": 14336,
+                "num_key_value_heads": 8,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "max_position_embeddings": 32768,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1000000.0,
+            }
+        ),
+        "qwen3-30b-a3b": Shape(
+            {
+                **_LLAMA,
+                "model_type": "qwen3_moe",
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "num_hidden_layers": 48,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": True,
+                "max_position_embeddings": 40960,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 1000000.0,
+            }
+        ),
+        "gpt-oss-20b": Shape(
+            {
+                **_LLAMA,
+                "model_type": "gpt_oss",
+                "vocab_size": 201088,
+                "hidden_size": 2880,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 64,
+                "intermediate_size": 2880,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "num_local_experts": 32,
+                "num_experts_per_tok": 4,
+                "sliding_window": 128,
+                "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5,
+                "bos_token_id": 199998,
+                "eos_token_id": 200002,
+            }
+        ),
         "bert-base": Shape(
             {
                 "model_type": "bert",
@@ -123,7 +176,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
                 "hidden_size": 64,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
-                "intermediate_size": 96,
+                "intermediate_size": 128,
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 64,
                 "rms_norm_eps": 1e-5,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +15,14 @@ from taut import auto, weights
 from taut.bench.cases import Inputs
 from taut.bench.measure import DoesNotFit, synchronize
 from taut.bench.shapes import Shape
+from taut.checkpoint import Checkpoint
 from taut.engine.request import Request, SamplingParams
 from taut.engine.resident import Resident
 from taut.errors import RequestError
 from taut.models import module_rules
+from taut.quant.base import Packed
+from taut.quant.choose import choose
+from taut.quant.config import BitsAndBytesConfig
 
 
 def make_model(shape: Shape, *, context: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -26,13 +33,63 @@ def make_model(shape: Shape, *, context: int, dtype: torch.dtype, device: torch.
     return getattr(auto, shape.auto).from_config(config, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A tensor of a model as a file would give it."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.tensor[start:stop] if self.tensor.dim() else self.tensor
+
+
+@torch.no_grad()
+def quantized(model: Any, config: BitsAndBytesConfig) -> Any:
+    """The same model with its linear layers packed, as loading it so would pack them; what stays as it is,
+    the two share. `RequestError` where they are packed already, or nothing can be."""
+    if model.is_quantized:
+        raise RequestError(
+            "--load-in packs what is in 16 bit, and the checkpoint is packed already; leave it out, or give "
+            "the 16-bit one"
+        )
+    mapping = module_rules(model.config)
+    tensors = {name: _Held(name, tensor) for name, tensor in shared_weights(model).items()}
+    with torch.device("meta"):
+        new = type(model)(model.config, dtype=model.dtype)
+    layout = weights.layout(new, mapping)
+    packing = choose(
+        Checkpoint(Path("the model"), {}, {}, tensors),
+        config,
+        weights.linears(new, mapping),
+        model.dtype,
+        heads=new.heads_on_disk(layout, weights.prefix_of(layout)),
+        keep_blocks=False,
+    )
+    weights.load(
+        new, packing.tensors, mapping, dtype=model.dtype, device=model.device, packers=packing.packers
+    )
+    new.quantization_config = packing.config
+    for name, param in model.named_parameters():
+        path, _, kind = name.rpartition(".")
+        if getattr(new.get_submodule(path), kind) is not None:
+            setattr(new.get_submodule(path), kind, param)
+    return new.eval()
+
+
 class Taut:
     """A Taut model under measurement."""
 
-    name = "taut"
-
-    def __init__(self, model: Any, *, all_logits: bool = False):
-        self.model = model
+    def __init__(self, model: Any, *, name: str = "taut", all_logits: bool = False):
+        self.model, self.name = model, name
         self.weights_bytes = model.get_memory_footprint()
         self._options = {} if all_logits or not hasattr(model, "generate") else {"logits_to_keep": 1}
 
@@ -92,8 +149,16 @@ def check_count(name: str, out: Tensor, inputs: Inputs, new_tokens: int) -> Tens
 
 
 @torch.no_grad()
-def shared_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of a Taut model under the names of transformers' modules, for a peer to compute with.
+def packed_weights(model: Any) -> dict[str, Packed]:
+    """The matrices that a Taut model holds packed, in its own memory, by the names of transformers' modules;
+    not those that transformers stacks, as it does experts."""
+    return weights.units(model, weights.layout(model, module_rules(model.config)))
+
+
+@torch.no_grad()
+def shared_weights(model: Any, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """The weights of a Taut model under the names of transformers' modules, for a peer to compute with; but
+    for the names `without`.
 
     They are views of Taut's own memory wherever rows lie together there, so that a peer costs none; a
     matrix that Taut keeps in fewer bits is unpacked to the model's dtype.
@@ -101,7 +166,8 @@ def shared_weights(model: Any) -> dict[str, Tensor]:
     held = {name: param.data for name, param in model.named_parameters()}
     groups: dict[str, list[weights.Piece]] = {}
     for piece in weights.layout(model, module_rules(model.config)):
-        groups.setdefault(piece.disk, []).append(piece)
+        if piece.disk not in without:
+            groups.setdefault(piece.disk, []).append(piece)
 
     def dense(name: str) -> Tensor:
         if name not in held:

@@ -31,13 +31,18 @@ def cell(point: Point | None) -> str:
 
 
 def advantage(points: dict[str, Point], more: bool) -> str:
-    """How many times better Taut's median is than the best peer's: `1.32x`; "" where one is missing."""
-    own = points.get("taut")
-    others = [p.median for name, p in points.items() if name != "taut" and p.median is not None]
+    """How many times better the median of Taut, the first if there are two, is than the best peer's: `1.32x`;
+    "" where one is missing."""
+    others = [p.median for name, p in points.items() if not _is_taut(name) and p.median is not None]
+    own = next((point for name, point in points.items() if _is_taut(name)), None)
     if own is None or not own.median or not others:
         return ""
     ratio = own.median / max(others) if more else min(others) / own.median
     return f"{ratio:.2f}x"
+
+
+def _is_taut(subject: str) -> bool:
+    return subject.split()[0] == "taut"
 
 
 def tables(report: Report) -> list[Table]:
@@ -54,13 +59,14 @@ def tables(report: Report) -> list[Table]:
         table = Table(title=f"{kind.title}{more}, {kind.unit}", box=box.SIMPLE_HEAD, title_justify="left")
         for column in ("batch", kind.axis, "real tokens", *subjects):
             table.add_column(column, justify="right")
-        if len(subjects) > 1:
+        compared = not all(map(_is_taut, subjects))
+        if compared:
             table.add_column("Taut to best peer", justify="right")
         for (batch, length), points in cases.items():
             real = next(iter(points.values())).real_tokens
             row = [str(batch), str(length), f"{real / (batch * length):.0%}"]
             row += [cell(points.get(name)) for name in subjects]
-            table.add_row(*row, *([advantage(points, kind.more)] if len(subjects) > 1 else []))
+            table.add_row(*row, *([advantage(points, kind.more)] if compared else []))
         out.append(table)
     return out
 

@@ -283,7 +283,8 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights in a known shape: llama-7b, falcon-7b, mistral-7b, llama-8b, bert-base."
+            help="Random weights in a known shape: llama-7b, falcon-7b, mistral-7b, llama-8b, bert-base, "
+            "mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b."
         ),
     ] = None,
     what: Annotated[
@@ -305,6 +306,12 @@ def bench(
     peers: Annotated[
         str, typer.Option(help="none, sdpa, transformers (eager, sdpa), or all (and flash-attn).")
     ] = "transformers",
+    load_in: Annotated[
+        str | None,
+        typer.Option(
+            help="Taut in 4bit (nf4), 8bit, nf4, fp4 or int8, beside bitsandbytes' own and beside 16 bit."
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Counted runs of each case.")] = 5,
     json: Annotated[
         Path | None, typer.Option(help="Write everything here: device, versions, date, all samples.")

@@ -67,6 +67,43 @@ def test_everything_is_in_the_report(tmp_path: Path) -> None:
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "charts").iterdir())
 
 
+@pytest.mark.parametrize(("load_in", "form"), [("4bit", "nf4"), ("int8", "int8")])
+def test_small_formats_beside_bitsandbytes_and_16_bit(load_in: str, form: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = Options(
+        shape="tiny-llama",
+        what="forward,decode",
+        lengths="8",
+        batches="1",
+        contexts="6",
+        new_tokens=6,
+        repeats=1,
+        dtype="float32",
+        device="cpu",
+        peers="sdpa",
+        load_in=load_in,
+    )
+    report = measure_all(options)
+    subjects = [f"taut {form}", f"transformers sdpa {form}", "taut float32", "transformers sdpa float32"]
+    assert report.subjects() == subjects and all(point.failed is None for point in report.points)
+    # The peer computes with the same codes (in the dtype that it has on a CPU), the others with what they
+    # were made of.
+    assert report.agreement[subjects[1]] < 0.7 * report.agreement[subjects[3]]
+    assert report.agreement[subjects[2]] == pytest.approx(report.agreement[subjects[3]], rel=1e-3)
+
+
+def test_packing_again_is_refused(tmp_path: Path) -> None:
+    config = {**SHAPES["tiny-llama"].config, "torch_dtype": "float32"}
+    model = CausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "dense")
+    CausalLM.from_pretrained(tmp_path / "dense", load_in_8bit=True).save_pretrained(tmp_path / "packed")
+    options = {"what": "forward", "lengths": "5", "peers": "none", "device": "cpu"}
+    with pytest.raises(ValueError, match="--load-in packs what is in 16 bit"):
+        measure_all(Options(model=str(tmp_path / "packed"), load_in="nf4", **options))
+    with pytest.raises(ValueError, match="the format is '5bit'; known"):
+        measure_all(Options(model=str(tmp_path / "dense"), load_in="5bit", **options))
+
+
 def test_a_folder_alone_on_all_logits(tmp_path: Path) -> None:
     config = {**SHAPES["tiny-llama"].config, "torch_dtype": "float32"}
     CausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
@@ -109,6 +146,9 @@ SIZES = {
     "mistral-7b": 7_241_732_096,
     "llama-8b": 8_030_261_248,
     "bert-base": 109_482_240,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gpt-oss-20b": 20_914_757_184,
 }
 
 

@@ -11,11 +11,12 @@ from taut.bench.cases import Case, Inputs
 from taut.bench.measure import DoesNotFit
 from taut.bench.peers import make_peers
 from taut.bench.run import agreement
-from taut.bench.subjects import Taut, shared_weights
+from taut.bench.subjects import Taut, packed_weights, quantized, shared_weights
 from taut.engine.engine import Engine
 from taut.modeling import CausalLM
 from taut.models import module_rules
-from tests.families import CASES, checkpoint
+from taut.quant.config import named
+from tests.families import CASES, VOCAB, checkpoint
 from tests.families import Case as Family
 
 CPU = torch.device("cpu")
@@ -73,6 +74,27 @@ def test_weights_in_few_bits_are_unpacked_for_a_peer() -> None:
     assert own.packed
     (difference,) = agreement([own, *peers_of(model, "sdpa")], model.config.vocab_size, CPU).values()
     assert 0 < difference < 0.1  # Taut rounds activations too
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "bloom", "mixtral", "gpt-oss"])
+def test_a_peer_computes_with_taut_s_own_codes(name: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    case = next(case for case in CASES if case.name == name)
+    dense = CausalLM.from_pretrained(checkpoint(case), dtype=torch.float32)
+    small = quantized(dense, named("int8"))
+    loaded = CausalLM.from_pretrained(checkpoint(case), dtype=torch.float32, load_in_8bit=True)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(small(ids).logits, loaded(ids).logits)
+    assert small.model.embed_tokens.weight is dense.model.embed_tokens.weight
+    packed = packed_weights(small)
+    options = {"auto": "AutoModelForCausalLM", "dtype": torch.float32, "device": CPU, "form": "int8"}
+    state = shared_weights(small, without=packed)
+    (peer,), _ = make_peers(["eager"], dense.config.source, state, packed=packed, **options)
+    assert peer.name == "transformers eager int8"
+    codes = {matrix.values.data_ptr() for matrix in packed.values()}
+    assert codes and codes <= {param.data_ptr() for param in peer.model.parameters()}
+    (difference,) = agreement([Taut(small), peer], VOCAB, CPU).values()
+    assert difference < 0.1
 
 
 def test_a_model_without_a_head_takes_the_names_of_one_with() -> None:
