@@ -14,7 +14,7 @@ from taut.errors import CheckpointError, nearest
 T = TypeVar("T")
 
 # Read from a repository, at its top level only: configuration, tokenizer, weights. Never pickles, never code.
-TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "merges.txt", "vocab.txt")
 WEIGHT_FILES = ("*.safetensors",)
 # What turns text, images or sound into a model's inputs.
 INPUT_FILES = (

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers
 from taut.checkpoint.gguf import read_gguf
 from taut.errors import TokenizerError, nearest
 from taut.hub import resolve
-from taut.tokenizer import ctc, translation
+from taut.tokenizer import ctc, marian, translation
 from taut.tokenizer.gguf import tokenizer_from_gguf
 from taut.tokenizer.layouts import LAYOUTS
 from taut.tokenizer.save import CONFIG, SPECIAL, TEMPLATE, TEMPLATES, TOKENIZER
@@ -32,8 +32,13 @@ _SETTINGS = (
     "clean_up_tokenization_spaces", "split_special_tokens",
 )  # fmt: skip
 _LANGUAGES = ("src_lang", "tgt_lang")
+# The options that only some classes have.
+_OWN_OPTIONS = {
+    ctc.CLASSES: ctc.SETTINGS, ("MarianTokenizer",): marian.SETTINGS, translation.CLASSES: _LANGUAGES
+}  # fmt: skip
 _OPTIONS = (
-    *_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens", *_LANGUAGES, *ctc.SETTINGS
+    *_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens",
+    *(option for options in _OWN_OPTIONS.values() for option in options),
 )  # fmt: skip
 # Without meaning here, but part of many programs.
 _IGNORED = ("use_fast", "trust_remote_code", "legacy", "torch_dtype", "dtype")
@@ -105,9 +110,9 @@ class AutoTokenizer:
         `options` override the files: special tokens (`pad_token="<pad>"`), `extra_special_tokens`,
         `padding_side`, `truncation_side`, `model_max_length`, `model_input_names`, `chat_template`,
         `clean_up_tokenization_spaces`, `split_special_tokens`, `add_bos_token`, `add_eos_token`; for
-        translation models that write the language beside a text, `src_lang` and `tgt_lang`; and of a speech
-        model's characters `word_delimiter_token`, `replace_word_delimiter_char`, `do_lower_case` and
-        `target_lang`.
+        translation models that write the language beside a text, `src_lang` and `tgt_lang`, for Marian's
+        `source_lang` and `target_lang`; and of a speech model's characters `word_delimiter_token`,
+        `replace_word_delimiter_char`, `do_lower_case` and `target_lang`.
         Raises TokenizerError for missing or corrupt files, CheckpointError for a name that leads nowhere.
         """
         known = (*_OPTIONS, *SPECIAL_TOKENS)
@@ -125,10 +130,12 @@ class AutoTokenizer:
             gguf_file=gguf_file,
             weights=False,
         )
+        if path.is_dir() and (path / marian.SOURCE).is_file():
+            _refuse_others(options, "MarianTokenizer", path)
+            return _marian(path, str(name), options)
         if path.is_dir() and _is_ctc(path):
-            _refuse(options, _LANGUAGES, ", ".join(translation.CLASSES), path)
+            _refuse_others(options, ctc.CLASSES[0], path)
             return _ctc(path, str(name), options)
-        _refuse(options, ctc.SETTINGS, f"CTC tokenizers ({ctc.VOCABULARY})", path)
         backend, settings = _from_folder(path) if path.is_dir() else _from_gguf(path)
         special = {
             key: value
@@ -138,18 +145,23 @@ class AutoTokenizer:
         settings["special_tokens"] = {**settings["special_tokens"], **special}
         settings.update({key: options[key] for key in _OPTIONS if key in options})
         kind = settings.pop("tokenizer_class", None)
+        _refuse_others(options, kind, path)
         if kind in translation.CLASSES:
             return translation.TranslationTokenizer(
                 backend, tokenizer_class=kind, name_or_path=str(name), **settings
             )
-        _refuse(options, _LANGUAGES, ", ".join(translation.CLASSES), path)
         return Tokenizer(backend, name_or_path=str(name), **settings)
 
 
-def _refuse(options: Mapping[str, Any], names: Sequence[str], owner: str, path: Path) -> None:
-    for option in names:
-        if option in options:
-            raise TokenizerError(f"{option} is an option of {owner}, and {path} has another tokenizer")
+def _refuse_others(options: Mapping[str, Any], kind: str | None, path: Path) -> None:
+    """Raises TokenizerError for an option that only tokenizers of another kind have."""
+    own = {option for kinds, names in _OWN_OPTIONS.items() if kind in kinds for option in names}
+    for kinds, names in _OWN_OPTIONS.items():
+        for option in names:
+            if option in options and option not in own:
+                raise TokenizerError(
+                    f"{option} is an option of {' and '.join(kinds)}, and {path} has another tokenizer"
+                )
 
 
 def _from_gguf(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -216,6 +228,31 @@ def _ctc(folder: Path, name: str, options: Mapping[str, Any]) -> ctc.CTCTokenize
         extra_special_tokens=extra,
         vocabularies=vocabulary if config.get("target_lang") is not None else None,
         **settings,
+    )
+
+
+def _marian(folder: Path, name: str, options: Mapping[str, Any]) -> marian.MarianTokenizer:
+    config = {**_read_json(folder / CONFIG), **options}
+    if config.get("separate_vocabs"):
+        raise TokenizerError(f"{folder}: separate_vocabs, a vocabulary for each side, is not supported")
+    missing = [file for file in (marian.TARGET, marian.VOCABULARY) if not (folder / file).is_file()]
+    if missing:
+        raise TokenizerError(f"{folder}: {marian.SOURCE} without {' and '.join(missing)}; download it again")
+    special, extra = _special_tokens(folder, config)
+    special = marian.SPECIAL_TOKENS | special
+    backend = marian.marian_backend(
+        folder / marian.VOCABULARY, _read_json(folder / marian.VOCABULARY), special
+    )
+    _add_missing(folder, backend, config)
+    return marian.MarianTokenizer(
+        backend,
+        folder,
+        name_or_path=name,
+        special_tokens=special,
+        extra_special_tokens=extra,
+        **{"model_max_length": 512}
+        | {key: config[key] for key in (*_SETTINGS, *marian.SETTINGS) if config.get(key) is not None},
+        **{key: options[key] for key in ("add_bos_token", "add_eos_token") if key in options},
     )
 
 

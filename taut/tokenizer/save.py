@@ -20,27 +20,30 @@ TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
-    """Writes the files into `folder`, made if need be; returns their paths."""
-    texts = {
-        TOKENIZER: _backend(tokenizer),
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, vocabulary: Mapping[str, str | bytes] | None = None
+) -> tuple[str, ...]:
+    """Writes the files into `folder`, made if need be; returns their paths. `vocabulary` has the files that
+    stand in place of `tokenizer.json`."""
+    files = {
+        **({TOKENIZER: _backend(tokenizer)} if vocabulary is None else vocabulary),
         CONFIG: _json(_config(tokenizer)),
         SPECIAL: _json(tokenizer.special_tokens_map),
     }
-    return write_files(folder, texts | _templates(tokenizer.chat_template))
+    return write_files(folder, files | _templates(tokenizer.chat_template))
 
 
-def write_files(folder: Path, texts: Mapping[str, str]) -> tuple[str, ...]:
-    """Writes texts under their names into `folder`, made if need be; returns their paths."""
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> tuple[str, ...]:
+    """Writes files under their names into `folder`, made if need be; returns their paths."""
     if folder.exists() and not folder.is_dir():
         raise TokenizerError(f"{folder} is a file; a tokenizer is saved into a folder")
-    for name, text in texts.items():
+    for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8", newline="")
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(partial, path)
-    return tuple(str(folder / name) for name in texts)
+    return tuple(str(folder / name) for name in files)
 
 
 def _backend(tokenizer: Tokenizer) -> str:

@@ -219,8 +219,9 @@ class Tokenizer(Vocabulary):
             else:
                 self._backend.enable_padding(**pad)
             try:
+                inputs, words = self._prepare(inputs, is_split_into_words, split)
                 encodings = self._backend.encode_batch(
-                    inputs, is_pretokenized=is_split_into_words, add_special_tokens=add_special_tokens
+                    inputs, is_pretokenized=words, add_special_tokens=add_special_tokens
                 )
             except BaseException as error:  # the Rust library raises plain exceptions, and panics
                 if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -238,6 +239,10 @@ class Tokenizer(Vocabulary):
         if return_tensors is None and not batched and not return_overflowing_tokens:
             data = {k: rows[0] if rows and isinstance(rows[0], list) else rows for k, rows in data.items()}
         return BatchEncoding(data, encodings).convert_to_tensors(return_tensors)
+
+    def _prepare(self, inputs: list[Any], words: bool, split_special_tokens: bool) -> tuple[list[Any], bool]:
+        """What the backend gets of the texts, and whether these are words already."""
+        return inputs, words
 
     def _rows(
         self,

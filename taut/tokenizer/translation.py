@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, processors
@@ -27,6 +27,8 @@ class TranslationTokenizer(Tokenizer):
     `lang_code_to_id[code]` is what `generate` takes as `forced_bos_token_id`.
     """
 
+    _fixed_template = "its texts have an end and the code of their language"
+
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -43,8 +45,6 @@ class TranslationTokenizer(Tokenizer):
         languages = [code for code in self._languages if backend.token_to_id(code) is not None]
         extra = list({str(token): token for token in [*languages, *extra_special_tokens]}.values())
         super().__init__(backend, extra_special_tokens=extra, **settings)
-        if settings.get("add_bos_token") is not None or settings.get("add_eos_token") is not None:
-            self._refuse_template()
         self.src_lang = _DEFAULT if src_lang is None else src_lang
         self.tgt_lang = tgt_lang
 
@@ -96,16 +96,6 @@ class TranslationTokenizer(Tokenizer):
             self._backend.post_processor = processors.TemplateProcessing(
                 single=list(around), pair=[*around[:at], "$B", *around[at:]], special_tokens=known
             )
-
-    def _update_post_processor(self) -> None:
-        if self._src_lang is not None:
-            self._refuse_template()
-
-    def _refuse_template(self) -> NoReturn:
-        raise TokenizerError(
-            f"add_bos_token and add_eos_token are no settings of {self._class}: its texts have an end and "
-            "the code of their language; pass add_special_tokens=False to leave both out"
-        )
 
     def _saved_settings(self) -> dict[str, Any]:
         return {"tokenizer_class": self._class, "src_lang": self.src_lang, "tgt_lang": self.tgt_lang}

@@ -39,6 +39,8 @@ class Vocabulary:
     pad_token, pad_token_id = _special("pad_token"), _special_id("pad_token")
     cls_token, cls_token_id = _special("cls_token"), _special_id("cls_token")
     mask_token, mask_token_id = _special("mask_token"), _special_id("mask_token")
+    # Why encoding always adds the same tokens, where it does.
+    _fixed_template: str | None = None
 
     def __init__(
         self,
@@ -57,7 +59,8 @@ class Vocabulary:
         ids = backend.encode("").ids  # nothing but what the template of the file adds
         self._add_bos = ids[:1] == [self.bos_token_id] if add_bos_token is None else bool(add_bos_token)
         self._add_eos = ids[-1:] == [self.eos_token_id] if add_eos_token is None else bool(add_eos_token)
-        if add_bos_token is not None or add_eos_token is not None or backend.post_processor is None:
+        unset = backend.post_processor is None and self._fixed_template is None
+        if add_bos_token is not None or add_eos_token is not None or unset:
             self._update_post_processor()
 
     @property
@@ -186,6 +189,11 @@ class Vocabulary:
         self._update_post_processor()
 
     def _update_post_processor(self) -> None:
+        if self._fixed_template is not None:
+            raise TokenizerError(
+                f"add_bos_token and add_eos_token are no settings of this tokenizer: {self._fixed_template}; "
+                "pass add_special_tokens=False to leave out what encoding adds"
+            )
         bos = self._special.get("bos_token") if self._add_bos else None
         eos = self._special.get("eos_token") if self._add_eos else None
         self._add_bos, self._add_eos = bos is not None, eos is not None

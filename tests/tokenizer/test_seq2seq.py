@@ -158,9 +158,104 @@ def test_bad_input(folder: Callable[[str], tuple[Path, Any]]) -> None:
     ours = AutoTokenizer.from_pretrained(path)
     with pytest.raises(TokenizerError, match=r"tgt_lang is 'ro'; known: ar_AR, "):
         ours.tgt_lang = "ro"
-    with pytest.raises(TokenizerError, match="add_eos_token are no settings of MBartTokenizer"):
+    with pytest.raises(TokenizerError, match="add_eos_token are no settings of this tokenizer"):
         ours.add_eos_token = False
-    with pytest.raises(TokenizerError, match="add_eos_token are no settings of MBartTokenizer"):
+    with pytest.raises(TokenizerError, match="add_eos_token are no settings of this tokenizer"):
         AutoTokenizer.from_pretrained(path, add_bos_token=True)
-    with pytest.raises(TokenizerError, match="src_lang is an option of MBart50Tokenizer, MBartTokenizer"):
+    with pytest.raises(TokenizerError, match="src_lang is an option of MBart50Tokenizer and MBartTokenizer"):
         AutoTokenizer.from_pretrained(folder("t5")[0], src_lang="en_XX")
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of other texts, and a vocabulary that lacks some of their pieces."""
+    path = tmp_path_factory.mktemp("marian")
+    sides = [
+        train(path / "source.spm", model_type="unigram", pad_id=-1, bos_id=-1),
+        train(path / "target.spm", model_type="unigram", pad_id=-1, bos_id=-1, max_sentencepiece_length=3),
+    ]
+    pieces = [side.id_to_piece(i) for side in sides for i in range(side.get_piece_size()) if i % 7]
+    tokens = dict.fromkeys(["</s>", "<unk>", *pieces, "你", ">>fra<<", ">>deu_Latn<<", "<pad>"])
+    (path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    config = {"tokenizer_class": "MarianTokenizer", "source_lang": "eng", "target_lang": "mul"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+CODES = (
+    ">>fra<< the dog",
+    ">>deu_Latn<<the dog",
+    ">>none<< dog",
+    "the >>fra<< dog",
+    ">>fra",
+    ">> <<",
+    " >>fra<<",
+)
+SPECIAL = ("the</s> dog<pad>x", "<unk>", "a <new>", ">>fra<< a</s>b")
+
+
+@pytest.mark.filterwarnings("ignore:Recommended")
+def test_marian(marian: Path, tmp_path: Path) -> None:
+    ours = AutoTokenizer.from_pretrained(marian)
+    theirs = transformers.AutoTokenizer.from_pretrained(marian)
+    for _ in range(2):  # as loaded, then as saved and loaded again
+        names = "eos_token unk_token pad_token model_max_length vocab_size padding_side special_tokens_map"
+        for name in (*names.split(), "source_lang", "target_lang", "supported_language_codes"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        assert ours.get_vocab() == theirs.get_vocab()
+        assert len(ours) == len(theirs)
+        for text in filter(lambda text: comparable("", text), [*TEXTS, *CORPUS, *CODES, *SPECIAL]):
+            for options in ({}, {"add_special_tokens": False}, {"truncation": True, "max_length": 5}):
+                assert_equal(ours(text, **options), theirs(text, **options))
+            assert_equal(ours(text, text_target=text), theirs(text, text_target=text))
+            assert_equal(ours(text, "dog"), theirs(text, "dog"))
+        for text in (*SPECIAL, *CODES):
+            assert_equal(ours(text), theirs(text))
+        batch = ["The quick dog", "", ">>fra<< a"]
+        options = {"text_target": batch, "padding": True, "return_tensors": "pt"}
+        assert_equal(ours(batch, **options), theirs(batch, **options))
+        assert_equal(
+            ours(["the", "dog"], is_split_into_words=True), theirs(["the", "dog"], is_split_into_words=True)
+        )
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            ids = torch.randint(len(ours), (12,), generator=draw).tolist()
+            text = ours.decode(ids, skip_special_tokens=True)
+            assert text.strip() == theirs.decode(ids, skip_special_tokens=True)
+            detokenizer = IncrementalDetokenizer(ours)
+            assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == text
+        assert ours.add_tokens(["<new>"]) == theirs.add_tokens(["<new>"])
+        ours.save_pretrained(tmp_path)
+        ours, theirs = pickle.loads(pickle.dumps(ours)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == ours.get_vocab()
+    for text in (*TEXTS, *CODES, *SPECIAL):
+        assert_equal(again(text, text_target=text), ours(text, text_target=text))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target.spm": None}, r"source\.spm without target\.spm; download it again"),
+        ({"vocab.json": "{}"}, r"vocab\.json: it lacks the unk_token str '<unk>'"),
+        ({"vocab.json": '{"<unk>": "a"}'}, r"vocab\.json: the id of str '<unk>' is 'a'"),
+        ({"source.spm": "none"}, r"source\.spm: not a SentencePiece model"),
+        ({"tokenizer_config.json": '{"separate_vocabs": true}'}, "separate_vocabs.* is not supported"),
+    ],
+)
+def test_marian_bad_files(change: dict[str, str | None], message: str, marian: Path, tmp_path: Path) -> None:
+    for file in marian.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for file, text in change.items():
+        (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    with pytest.raises(TokenizerError, match=message):
+        AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_marian_bad_options(marian: Path) -> None:
+    with pytest.raises(TokenizerError, match="src_lang is an option of MBart50Tokenizer and MBartTokenizer"):
+        AutoTokenizer.from_pretrained(marian, src_lang="en_XX")
+    with pytest.raises(TokenizerError, match="no settings of this tokenizer: its texts have an end"):
+        AutoTokenizer.from_pretrained(marian, add_eos_token=False)
+    with pytest.raises(TokenizerError, match="doesn't know where its tokens stand"):
+        AutoTokenizer.from_pretrained(marian)("a", return_offsets_mapping=True)
