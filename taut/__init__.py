@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that `import taut` (and `taut --help`) costs nothing.
 _HOMES = {
+    "AsyncEngine": "taut.engine.async_engine",
     "AsyncTextIteratorStreamer": "taut.engine.streamers",
     "AutoConfig": "taut.auto",
     "AutoFeatureExtractor": "taut.processor",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from taut.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
     from taut.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from taut.batch import Batch as Batch
+    from taut.engine.async_engine import AsyncEngine as AsyncEngine
     from taut.engine.dynamic_cache import DynamicCache as DynamicCache
     from taut.engine.engine import Engine as Engine
     from taut.engine.generation import GenerationConfig as GenerationConfig

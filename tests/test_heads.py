@@ -138,9 +138,7 @@ def test_rows_without_tokens_give_finite_numbers_and_leave_the_others_alone(head
 @pytest.mark.parametrize("head", HEADS)
 def test_an_input_longer_than_the_positions_is_refused(head):
     model = getattr(taut, head).from_pretrained(checkpoint(BERT, head))
-    with pytest.raises(
-        RequestError, match="has 65 tokens, and the model has 64 positions; shorten it"
-    ):
+    with pytest.raises(RequestError, match="has 65 tokens, and the model has 64 positions; shorten it"):
         model(torch.ones(1, CONTEXT + 1, dtype=torch.int64))
 
 

@@ -15,6 +15,7 @@ from taut.engine.beams import Beams
 from taut.engine.draft_model import Assistant
 from taut.engine.drafts import Drafter
 from taut.engine.dynamic_cache import DynamicCache
+from taut.engine.engine import Engine
 from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.grammar import Constraint, ForcedTokens
 from taut.engine.guidance import Guidance
@@ -59,6 +60,7 @@ class Call:
     config: GenerationConfig
     pad: int | None
     past: DynamicCache | None = None
+    assistant: Any = None
 
     def collect(self) -> Tensor | GenerateOutput:
         """What `generate` returns, once all requests have finished."""
@@ -118,8 +120,10 @@ def prepare(
     options: dict[str, Any],
     prefix_allowed_tokens_fn: Any = None,
     both: bool = False,
+    first: int = 0,
 ) -> Call:
-    """Everything about a call that can be wrong is found here."""
+    """Everything about a call that can be wrong is found here. `first`: the place of its first row among all
+    that share its seed."""
     if both:
         raise RequestError("input_ids and inputs are both given; they mean the same: pass one")
     _check_arguments(options)
@@ -164,7 +168,7 @@ def prepare(
     _check_past(past, prompts, config)
     # Beams return several rows of one request.
     copies = 1 if config.beams > 1 else config.num_return_sequences or 1
-    seeds = _seeds(config, len(prompts) * copies)
+    seeds = _seeds(config, len(prompts) * copies, first * copies)
     if config.stops and tokenizer is None:
         raise RequestError(
             f"stop_strings={list(config.stops)} are matched on text. Next step: pass tokenizer= to generate"
@@ -199,10 +203,16 @@ def prepare(
                 scope=None if config.use_cache is False else (),
             )
         )
-    _give_drafters(requests, assistant, config)
     if past is None and keep and config.use_cache is not False:
         past = DynamicCache()
-    return Call(given, requests, config, pad, past)
+    return Call(given, requests, config, pad, past, assistant)
+
+
+def engine_for(model: Any, calls: Sequence[Call]) -> Engine:
+    """The model's engine, with room for what calls of the same options ask for."""
+    requests = [request for call in calls for request in call.requests]
+    _give_drafters(requests, calls[0].assistant, calls[0].config)
+    return Resident.of(model).engine(model, requests)
 
 
 def _check_past(past: Any, prompts: list[list[int]], config: GenerationConfig) -> None:
@@ -401,8 +411,9 @@ def _listed(name: str, functions: Any) -> tuple[Callable[..., Any], ...]:
     return listed
 
 
-def _seeds(config: GenerationConfig, count: int) -> list[int]:
-    """One seed for each returned row: as given, or derived from (seed, index); the first is the seed."""
+def _seeds(config: GenerationConfig, count: int, first: int) -> list[int]:
+    """One seed for each returned row: as given, or derived from (seed, `first` + index); number 0 is the
+    seed."""
     seed = config.seed
     if not config.do_sample:
         return [0] * count
@@ -410,7 +421,7 @@ def _seeds(config: GenerationConfig, count: int) -> list[int]:
         seed = int(torch.randint(2**63 - 1, ()))
     if isinstance(seed, int):
         # Steps of a large odd number: seeds of a call never meet, and the sampler hashes them.
-        return [(seed + index * 0xD1342543DE82EF95) % 2**64 for index in range(count)]
+        return [(seed + index * 0xD1342543DE82EF95) % 2**64 for index in range(first, first + count)]
     if len(seed) != count:
         raise RequestError(
             f"seed holds {len(seed)} seeds for {count} returned rows; give one each, or an int"

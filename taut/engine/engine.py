@@ -86,6 +86,7 @@ class Engine:
         self.graphs = DecodeGraph(self.runner) if sampler is None and graphable else None
         self._under_way: Pending | None = None
         self.ledger = Ledger()
+        self._timed: list[Request] = []  # those with a time limit
         self._submitted = 0
         self._lock = threading.RLock()
         self._stepper: int | None = None  # the thread that is inside a step
@@ -130,12 +131,21 @@ class Engine:
             self.scheduler.add(request)
             request.id, self._submitted = self._submitted, self._submitted + 1
             request.submitted = time.monotonic()
+            if request.params.max_time is not None:
+                self._timed.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End a request and free its pages; one that is finished stays as it is."""
         with self._lock:
             self._finish(request, "cancelled")
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request with an error, as if it had raised it itself."""
+        with self._lock:
+            if not request.finished:
+                request.error = error
+                self._finish(request, "error")
 
     def reset_prefix_cache(self) -> None:
         """Let no further request share what is cached now, as when the model's weights have changed."""
@@ -437,12 +447,11 @@ class Engine:
 
     def _expired(self) -> list[Event]:
         """Finish the requests, waiting ones included, whose time is up."""
+        if not self._timed:
+            return []
         now = time.monotonic()
-        expired = [
-            request
-            for request in self.scheduler.requests
-            if request.params.max_time is not None and now - request.submitted >= request.params.max_time
-        ]
+        self._timed = [request for request in self._timed if not request.finished]
+        expired = [r for r in self._timed if now - r.submitted >= r.params.max_time]
         for request in expired:
             self._finish(request, "time")
         return [

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taut.engine.call import Call, prepare
+from taut.engine.call import Call, engine_for, prepare
 from taut.engine.engine import Engine
 from taut.engine.generation import GenerationConfig
 from taut.engine.output import GenerateOutput
-from taut.engine.resident import Resident
 from taut.engine.sampler import NothingLeft
 from taut.engine.stops import RowText
 from taut.engine.stream import Stream
@@ -92,7 +91,7 @@ def generate(
             "with a streamer each, or leave the streamer out"
         )
     try:
-        _run(Resident.of(model).engine(model, call.requests), call, streamer)
+        _run(engine_for(model, [call]), call, streamer)
     except BaseException as error:
         if hasattr(streamer, "fail"):
             streamer.fail(error)
@@ -137,7 +136,7 @@ def stream(
     if len(call.requests) != 1:
         raise RequestError(f"stream gives one row, but the call makes {len(call.requests)}; use generate")
     text = RowText(tokenizer, call.config.stops, skip_special_tokens) if tokenizer is not None else None
-    return Stream(Resident.of(model).engine(model, call.requests), call.requests[0], text, model)
+    return Stream(engine_for(model, [call]), call.requests[0], text, model)
 
 
 # -- running -------------------------------------------------------------------------------------------

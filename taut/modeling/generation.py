@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from taut.engine.generate import generate, stream
+from taut.engine.offline import generate_batch
 from taut.engine.output import transition_scores
 from taut.engine.resident import Resident
 from taut.engine.stream import Stream
@@ -24,6 +25,10 @@ class GenerationMixin:
     def stream(self, *args: Any, **kwargs: Any) -> Stream:
         """Continue one prompt piece by piece; see `taut.engine.generate.stream`."""
         return stream(self, *args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Answer a whole set of prompts; see `taut.engine.offline.generate_batch`."""
+        return generate_batch(self, *args, **kwargs)
 
     def compute_transition_scores(
         self,
