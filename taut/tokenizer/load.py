@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers
 from taut.checkpoint.gguf import read_gguf
 from taut.errors import TokenizerError, nearest
 from taut.hub import resolve
-from taut.tokenizer import ctc, marian, translation
+from taut.tokenizer import byte_level, ctc, marian, translation
 from taut.tokenizer.gguf import tokenizer_from_gguf
 from taut.tokenizer.layouts import LAYOUTS
 from taut.tokenizer.save import CONFIG, SPECIAL, TEMPLATE, TEMPLATES, TOKENIZER
@@ -85,8 +85,9 @@ _CLASSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Which class a model of this type has, for old folders that name none.
 _BY_MODEL_TYPE = {
-    "mbart": "MBartTokenizer", "mt5": "T5Tokenizer", "pegasus": "PegasusTokenizer", "t5": "T5Tokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
+    "bart": "BartTokenizer", "codegen": "GPT2Tokenizer", "gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer",
+    "mbart": "MBartTokenizer", "mt5": "T5Tokenizer", "opt": "GPT2Tokenizer", "pegasus": "PegasusTokenizer",
+    "roberta": "RobertaTokenizer", "t5": "T5Tokenizer", "xlm-roberta": "XLMRobertaTokenizer",
 }  # fmt: skip
 
 
@@ -179,6 +180,9 @@ def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         implied = _from_backend(backend)
         if name == "LlamaTokenizer" and type(backend.decoder).__name__ == "ByteLevel":
             name = ""  # Llama 3 and others: the class named is the model's, the tokenizer is another
+    elif (folder / byte_level.MERGES).is_file() and (folder / byte_level.VOCABULARY).is_file():
+        backend = byte_level.build_byte_level(folder, name, config)
+        implied = {key: config[key] for key in ("add_bos_token", "add_eos_token") if config.get(key)}
     else:
         backend, implied = _from_sentencepiece(folder, config, name)
     implied = {**_in_vocabulary(backend, _CLASSES.get(name, {})), **implied}
@@ -288,7 +292,8 @@ def _from_sentencepiece(
         held = sorted(entry.name for entry in folder.iterdir())
         shown = ", ".join(held[:12]) + (f" and {len(held) - 12} more" if len(held) > 12 else "")
         raise TokenizerError(
-            f"{folder}: no tokenizer; looked for {TOKENIZER}, {', '.join(SENTENCEPIECE)} or a .gguf file. "
+            f"{folder}: no tokenizer; looked for {TOKENIZER}, {', '.join(SENTENCEPIECE)}, "
+            f"{byte_level.VOCABULARY} with {byte_level.MERGES}, {marian.SOURCE} or a .gguf file. "
             f"The folder holds: {shown or 'nothing'}. "
             "If the tokenizer is elsewhere, name that folder or repository"
         )
