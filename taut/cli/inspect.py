@@ -20,7 +20,7 @@ from rich.text import Text
 
 from taut.checkpoint import Checkpoint, open_checkpoint
 from taut.cli.facts import Facts, human_bytes, human_count
-from taut.config import ModelConfig, Moe
+from taut.config import UNBOUNDED, ModelConfig, Moe
 from taut.errors import TautError
 from taut.hub import default_model, resolve
 from taut.models import read_config
@@ -30,25 +30,29 @@ from taut.tokenizer import AutoTokenizer
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 
 
-# What families call them; the first part with a word of the name has it.
+# What families call them, in small letters; the first part with a word of the name has it.
 _WORDS = MappingProxyType(
     {
-        "head": ("lm_head", "embed_out"),
-        "norms": ("norm", ".ln_", "layer_norm"),
-        "embedding": ("embed", "wte", "wpe", "project_in", "project_out"),
+        "head": ("lm_head", "embed_out", "final_logits_bias", "cls.", "classifier", "qa_outputs"),
+        "norms": ("norm", ".ln_"),
+        "embedding": ("embed", "wte", "wpe", "project_in", "project_out", "shared.weight"),
         "attention": ("attn", "attention"),
-        "mlp": ("mlp", "ffn", ".fc1", ".fc2", "moe"),
+        "mlp": ("mlp", "ffn", ".fc1", ".fc2", "moe", "densereludense", ".intermediate.", ".output.dense"),
     }
 )
 
 
 def part_of(name: str) -> str:
     """Which of `PARTS` a tensor belongs to, by its Hugging Face name."""
-    return next((part for part, words in _WORDS.items() if any(word in name for word in words)), "other")
+    small = name.lower()
+    return next((part for part, words in _WORDS.items() if any(word in small for word in words)), "other")
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token adds to the cache, all layers together."""
+    """Bytes of keys and values that one token adds to the cache, all layers together: a token of a decoder,
+    and as many a token that its cross-attention attends to. 0 for an encoder, which caches nothing."""
+    if config.kind == "encoder":
+        return 0
     return sum(2 * layer.attn.kv_heads * layer.attn.head_dim for layer in config.layers) * dtype.itemsize
 
 
@@ -92,6 +96,8 @@ def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
                 "window": attn.window,
                 "rope": rope,
                 "alibi": attn.slopes is not None,
+                "relative_bias": attn.relative is not None,
+                "cross_attention": layer.cross is not None,
                 "mlp_hidden": mlp.hidden,
                 "activation": mlp.act,
                 "gated": getattr(mlp, "gated", True),
@@ -128,6 +134,8 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
     loaded = pick_dtype(dtype, config, checkpoint, pick_device("auto"))
     sizes = parts(checkpoint, loaded)
     per_token = kv_bytes_per_token(config, loaded)
+    context = None if config.context == UNBOUNDED else config.context
+    encoder = None if config.pairing is None else config.pairing.encoder
     return {
         "path": str(path),
         "model_type": config.model_type,
@@ -140,24 +148,32 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
             "weights": sum(part.bytes for part in sizes.values()),
             "parts": {name: part.bytes for name, part in sizes.items()},
             "kv_cache_per_token": per_token,
-            "kv_cache_full_context": per_token * config.context,
+            "kv_cache_per_source_token": 0 if encoder is None else per_token,
+            "kv_cache_full_context": None if context is None else per_token * context,
         },
         "parts": {n: {"tensors": p.tensors, "parameters": p.parameters} for n, p in sizes.items()},
         "config": {
+            "kind": config.kind,
             "vocab_size": config.vocab_size,
             "dim": config.dim,
             "layers": len(config.layers),
-            "context": config.context,
+            "context": context,
             "tied_embeddings": config.tied,
-            "learned_positions": None if config.positions is None else config.positions.count,
+            "learned_positions": _learned_positions(config),
             "bos_token_id": config.bos_token_id,
             "eos_token_ids": list(config.eos_token_ids),
             "pad_token_id": config.pad_token_id,
             "layer_kinds": kinds_of_layers(config),
+            "encoder_layer_kinds": None if encoder is None else kinds_of_layers(encoder),
         },
         "unused_config_keys": list(config.unused),
         "tokenizer": tokenizer_facts(path),
     }
+
+
+def _learned_positions(config: ModelConfig) -> int | None:
+    positions = config.positions
+    return None if positions is None or positions.sinusoidal else positions.count
 
 
 def _file_bytes(path: Path) -> int:
@@ -167,7 +183,9 @@ def _file_bytes(path: Path) -> int:
 
 def _layer_text(kind: dict[str, Any]) -> str:
     rope = kind["rope"]
-    turned = "ALiBi" if kind["alibi"] else "no rotary embedding"
+    turned = "no rotary embedding"
+    if kind["alibi"] or kind["relative_bias"]:
+        turned = "ALiBi" if kind["alibi"] else "a learned bias of distances"
     if rope is not None:
         scaled = f", {rope['scaling']} scaling" if rope["scaling"] else ""
         partial = "" if rope["dim"] == kind["head_dim"] else f" of {rope['dim']} features"
@@ -179,7 +197,8 @@ def _layer_text(kind: dict[str, Any]) -> str:
         chosen, count = kind["experts"]
         mlp = f"{chosen} of {count} experts, each an {mlp}"
     beside = ", beside attention" if kind["parallel"] else ""
-    return f"{kind['count']} x [{heads}; {seen}; {turned}; {mlp}{beside}]"
+    cross = "attention to the encoder; " if kind["cross_attention"] else ""
+    return f"{kind['count']} x [{heads}; {seen}; {turned}; {cross}{mlp}{beside}]"
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -199,10 +218,17 @@ def show(facts: dict[str, Any]) -> None:
     row("files", human_bytes(facts["file_bytes"]))
     row("dtype", f"{facts['dtype']} once loaded")
     row("tensors", f"{sum(part['tensors'] for part in facts['parts'].values())}")
-    row("size", f"{config['layers']} layers, dim {config['dim']}, vocabulary {config['vocab_size']}")
-    row("layers", "\n".join(_layer_text(kind) for kind in config["layer_kinds"]))
+    encoder = config["encoder_layer_kinds"]
+    deep = f"{config['layers']} layers"
+    if encoder is not None:
+        deep = f"{sum(kind['count'] for kind in encoder)} encoder and {config['layers']} decoder layers"
+    row("size", f"{deep}, dim {config['dim']}, vocabulary {config['vocab_size']}")
+    if encoder is not None:
+        row("encoder", "\n".join(map(_layer_text, encoder)))
+    row("layers" if encoder is None else "decoder", "\n".join(map(_layer_text, config["layer_kinds"])))
     learned = ", a learned embedding of each position" if config["learned_positions"] else ""
-    row("context", f"{config['context']} tokens{learned}")
+    tokens = "without a limit" if config["context"] is None else f"{config['context']} tokens"
+    row("context", f"{tokens}{learned}")
     row("head", "tied to the embedding" if config["tied_embeddings"] else "its own weight")
     eos = ", ".join(str(token) for token in config["eos_token_ids"]) or "none"
     row("token ids", f"bos {config['bos_token_id']}, eos {eos}, pad {config['pad_token_id']}")
@@ -224,10 +250,14 @@ def show(facts: dict[str, Any]) -> None:
         sizes.add_row(name, *cells)
     sizes.add_section()
     sizes.add_row("weights", "", f"{facts['parameters']:,}", human_bytes(memory["weights"]), style="bold")
-    sizes.add_row("KV cache, one token", "", "", human_bytes(memory["kv_cache_per_token"]))
-    sizes.add_row(
-        f"KV cache, {config['context']} tokens", "", "", human_bytes(memory["kv_cache_full_context"])
-    )
+    cached = {
+        "one token": memory["kv_cache_per_token"],
+        "one token of the source": memory["kv_cache_per_source_token"],
+        f"{config['context']} tokens": memory["kv_cache_full_context"],
+    }
+    for what, size in cached.items():
+        if size:
+            sizes.add_row(f"KV cache, {what}", "", "", human_bytes(size))
     console.print(sizes)
 
 

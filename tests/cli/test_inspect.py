@@ -96,6 +96,28 @@ def test_tables(taut: Callable[..., Result], folder: Path) -> None:
     assert re.fullmatch(r"load [\d.]+ s \| peak memory [\d.]+ [MG]B\n", result.stderr)
 
 
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 96, "d_model": 16,
+    "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_an_encoder_decoder(taut: Callable[..., Result], tmp_path: Path) -> None:
+    save_file({"shared.weight": torch.zeros(96, 16, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(T5))
+    found = json.loads(taut("inspect", str(tmp_path), "--json").stdout)
+    config, memory = found["config"], found["memory_bytes"]
+    (decoder,), (encoder,) = config["layer_kinds"], config["encoder_layer_kinds"]
+    assert (decoder["count"], decoder["cross_attention"]) == (2, True)
+    assert (encoder["count"], encoder["cross_attention"], encoder["relative_bias"]) == (1, False, True)
+    assert memory["kv_cache_per_token"] == memory["kv_cache_per_source_token"] == 2 * 2 * 4 * 8 * 2
+    assert (config["context"], memory["kv_cache_full_context"]) == (None, None)
+    shown = " ".join(taut("inspect", str(tmp_path)).stdout.split())
+    for text in ("1 encoder and 2 decoder layers", "without a limit", "one token of the source", "bias of"):
+        assert text in shown, text
+    assert shown.count("attention to the encoder") == 1
+
+
 def test_the_default_model(smollm: None, taut: Callable[..., Result]) -> None:
     found = json.loads(taut("inspect", "--json").stdout)
     assert found["model_type"] == "llama"
@@ -136,6 +158,17 @@ def test_no_weight_is_read(
         ("model.decoder.layers.3.fc1.weight", "mlp"),
         ("embed_out.weight", "head"),
         ("model.layers.3.block_sparse_moe.experts.0.w1.weight", "mlp"),
+        ("shared.weight", "embedding"),
+        ("decoder.block.3.layer.1.EncDecAttention.q.weight", "attention"),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "attention"),
+        ("decoder.block.3.layer.2.DenseReluDense.wo.weight", "mlp"),
+        ("decoder.block.3.layer.2.layer_norm.weight", "norms"),
+        ("model.encoder.layernorm_embedding.bias", "norms"),
+        ("final_logits_bias", "head"),
+        ("bert.encoder.layer.3.attention.output.dense.weight", "attention"),
+        ("bert.encoder.layer.3.attention.output.LayerNorm.weight", "norms"),
+        ("bert.encoder.layer.3.intermediate.dense.weight", "mlp"),
+        ("bert.encoder.layer.3.output.dense.weight", "mlp"),
     ],
 )
 def test_part_of(name: str, part: str) -> None:
