@@ -226,6 +226,7 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     `ExpertLinear` the same for each expert, behind its number. The rules then apply in order, each to what
     the one before gave.
     """
+    _stack_experts(model)
     pieces: list[Piece] = []
     for path, module in model.named_modules():
         beside = path[: path.rfind(".") + 1]
@@ -245,6 +246,13 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     for rule in rules:
         pieces = rule.apply(pieces)
     return pieces
+
+
+def _stack_experts(model: nn.Module) -> None:
+    """Experts' weights as one parameter again, where inference has taken them apart."""
+    for module in list(model.modules()):
+        if isinstance(module, ExpertLinear):
+            module.unblock()
 
 
 def _spans(parts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
@@ -590,6 +598,7 @@ def dense(param: Tensor) -> Tensor:
 def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     """The tensors of `model` under their canonical names, in the model's order; the reverse of `load`. A
     packed matrix gives the tensors its format has on disk."""
+    _stack_experts(model)
     params, shapes = dict(model.named_parameters()), _shapes(model)
     dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     pieces = layout(model, rules)

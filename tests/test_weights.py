@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -219,6 +220,33 @@ def test_loading_casts_reads_in_slices_and_reports_bytes(monkeypatch):
     done, total = seen[-1]
     assert done == total == sum(p.numel() for p in model.parameters()) * 2
     assert [at for at, _ in seen] == sorted(at for at, _ in seen)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+def test_blocked_experts_are_the_same_experts():
+    layer = ExpertLinear(3, 2, 32, {"a": 16, "b": 48}, bias=True, dtype=torch.bfloat16)
+    for param in layer.parameters():
+        nn.init.normal_(param)
+    before, parameter, x = layer.weight.detach().clone(), layer.weight, torch.randn(3, 32).bfloat16()
+    want, size = layer.products()(1, x).detach(), sum(p.numel() for p in layer.parameters())
+    layer.block()
+    if layer.blocked is None:
+        pytest.skip("this CPU has no bfloat16 dot products")
+    assert sum(p.numel() for p in layer.parameters()) == size
+    with torch.inference_mode():
+        got = layer.products()(1, x)
+    assert (got.float() - want.float()).abs().max() <= 0.01 * want.float().abs().max()
+    for back in (
+        lambda: weights.store(nn.ModuleDict({"m": layer})),
+        layer.state_dict,
+        lambda: copy.deepcopy(layer),
+        lambda: layer.products()(2, x.requires_grad_()).sum().backward(),
+    ):
+        layer.block()
+        assert layer.weight is None
+        back()
+        assert layer.weight is parameter and torch.equal(layer.weight, before)
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")

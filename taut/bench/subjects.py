@@ -163,11 +163,11 @@ def shared_weights(model: Any, without: Collection[str] = ()) -> dict[str, Tenso
     They are views of Taut's own memory wherever rows lie together there, so that a peer costs none; a
     matrix that Taut keeps in fewer bits is unpacked to the model's dtype.
     """
-    held = {name: param.data for name, param in model.named_parameters()}
     groups: dict[str, list[weights.Piece]] = {}
     for piece in weights.layout(model, module_rules(model.config)):
         if piece.disk not in without:
             groups.setdefault(piece.disk, []).append(piece)
+    held = {name: param.data for name, param in model.named_parameters()}
 
     def dense(name: str) -> Tensor:
         if name not in held:

@@ -28,6 +28,7 @@ from taut.kernels.attention import Call, explain
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
+from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 from taut.modeling.labels import relabelled
@@ -143,8 +144,8 @@ class PreTrainedModel(nn.Module):
         training mode is left alone."""
         if self.training:
             return
-        for module in self.modules():
-            if isinstance(module, Linear):
+        for module in list(self.modules()):
+            if isinstance(module, Linear | ExpertLinear):
                 module.block()
 
     @contextmanager
