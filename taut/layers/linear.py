@@ -66,10 +66,10 @@ class Linear(nn.Module):
             elif norm is not None:
                 x = norm(x)
             return gemv(x, self.weight, self.bias, act=act, residual=residual, **before)
-        return self._after(linear(x if norm is None else norm(x), self.weight, self.bias), act, residual)
+        return self.after(linear(x if norm is None else norm(x), self.weight, self.bias), act, residual)
 
     @staticmethod
-    def _after(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
+    def after(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:
         if act is not None:
             y = ops("act", y).glu(y, act)
         return y if residual is None else residual + y
