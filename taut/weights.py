@@ -230,6 +230,11 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     pieces: list[Piece] = []
     for path, module in model.named_modules():
         beside = path[: path.rfind(".") + 1]
+        if isinstance(module, Linear) and module.parts:  # each part's weight and bias, as if it stood alone
+            for part, start, rows in _spans(module.parts):
+                for kind, _ in _own_shapes(module):
+                    pieces.append(Piece(f"{beside}{part}.{kind}", f"{path}.{kind}", rows, start))
+            continue
         for kind, shape in _own_shapes(module):
             name = f"{path}.{kind}" if path else kind
             if isinstance(module, ExpertLinear):
@@ -238,9 +243,6 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
                     for part, start, rows in _spans(parts):
                         disk = f"{beside}{expert}.{part}.{kind}"
                         pieces.append(Piece(disk, name, rows, start, index=expert))
-            elif isinstance(module, Linear) and module.parts:
-                for part, start, rows in _spans(module.parts):
-                    pieces.append(Piece(f"{beside}{part}.{kind}", name, rows, start))
             else:
                 pieces.append(Piece(name, name, shape[0] if shape else 1))
     for rule in rules:

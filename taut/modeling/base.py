@@ -31,6 +31,7 @@ from taut.layers.embedding import PositionEmbedding
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
+from taut.layers.siblings import rejoin, separate
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
 from taut.models import family, layouts, read_config, stem
@@ -75,6 +76,8 @@ class PreTrainedModel(nn.Module):
         self.quantization_config: BitsAndBytesConfig | None = None
         self.load_report = weights.Report()
         self._replays: dict[nn.Module, Replays] = {}
+        # What restricted each attention before the model was reversed; None while it is converted.
+        self._attention_before: list[tuple[str, ...] | None] | None = None
 
     # ------------------------------------------------------------------------------------ what it is
 
@@ -412,6 +415,46 @@ class PreTrainedModel(nn.Module):
             if only is not None and self.device.type != "meta" and not moves:
                 self._require(attn, only, name)
             attn.only = only
+
+    def to_bettertransformer(self: Self) -> Self:
+        """Convert in place, and return the model; models load converted, so this undoes
+        `reverse_bettertransformer`.
+
+        Converted means packed (no layer sees padding), fused (q, k and v are one product, gate and up
+        another; norm, activation and residual are part of products where a kernel has them) and flash (the
+        fastest attention that the device and PyTorch's `sdpa_kernel` allow). It is exact, for inference and
+        training alike, and changes nothing of what `save_pretrained` writes. Parameters are new objects, over
+        the same memory wherever it lies together: make optimizers afterwards.
+        """
+        if self._attention_before is not None:
+            rejoin(self)
+            for attn, only in zip(self._attentions(), self._attention_before, strict=True):
+                attn.only = only
+            self._attention_before = None
+        return self
+
+    def reverse_bettertransformer(self: Self) -> Self:
+        """Undo `to_bettertransformer` in place, and return the model.
+
+        Each matrix of the files is then a module of its own (`self_attn.q_proj`), and attention is the
+        reference: plain PyTorch, a row at a time. It computes the same numbers, slower, and `save_pretrained`
+        writes the same bytes. Experts stay stacked, and rows are still packed at the door: nothing in Taut
+        computes on padding.
+        """
+        if self._attention_before is None:
+            self._attention_before = [attn.only for attn in self._attentions()]
+            separate(self)
+            for attn in self._attentions():
+                attn.only = IMPLEMENTATIONS["eager"]
+        return self
+
+    @property
+    def is_bettertransformer(self) -> bool:
+        """Whether the model is converted, as models load."""
+        return self._attention_before is None
+
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def _require(self, attn: Attention, only: tuple[str, ...], name: str) -> None:
         """Raise unless one of `only` can take this layer's attention on its device."""

@@ -12,6 +12,7 @@ from taut.kernels.attention import Call, Pages, explain
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.linear import why_not_blocked
 from taut.layers.moe import MoeMlp
+from taut.layers.siblings import Siblings
 
 if TYPE_CHECKING:
     from taut.layers.attention import Attention
@@ -91,6 +92,12 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
     elementwise: list[Offer] = [("triton", triton_refuses(x)), ("reference", None)]
     attn = block.self_attn
     experts = {"experts": _experts(x, block.mlp.experts)} if isinstance(block.mlp, MoeMlp) else {}
+    cached = {}
+    if model.config.kind != "encoder":
+        cached = {
+            "attention to a cached prefix": _attention(model, attn, 512, rows=1, cached=True),
+            "attention of a decode step": _attention(model, attn, 1, rows=1, cached=True),
+        }
     return {
         "norm, rotation, activation": elementwise,
         "products of 1 row": _products(x, attn.qkv_proj, 1),
@@ -98,8 +105,7 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
         **experts,
         "attention of even rows": _attention(model, attn, 512, rows=1),
         "attention of uneven rows": _attention(model, attn, 512, rows=2),
-        "attention to a cached prefix": _attention(model, attn, 512, rows=1, cached=True),
-        "attention of a decode step": _attention(model, attn, 1, rows=1, cached=True),
+        **cached,
     }
 
 
@@ -130,7 +136,9 @@ def _experts(x: torch.Tensor, experts: Experts) -> list[Offer]:
     return [*offers, ("unpacked, one grouped product", grouped), ("a product for each expert in use", None)]
 
 
-def _products(x: torch.Tensor, linear: Linear, rows: int) -> list[Offer]:
+def _products(x: torch.Tensor, linear: Linear | Siblings, rows: int) -> list[Offer]:
+    if isinstance(linear, Siblings):
+        linear = next(iter(linear.parts.values()))
     if linear.packed is not None:
         return [(linear.packed.runs_on(x.expand(rows, -1)), None)]
     weight, x = linear.weight, x.expand(rows, -1)

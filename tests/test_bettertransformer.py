@@ -1,0 +1,98 @@
+"""`to_bettertransformer` and `reverse_bettertransformer`: of Taut's models, and of transformers' ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import taut
+from taut.layers.linear import Linear
+from tests import encoders, families
+from tests.families import Case, checkpoint
+from tests.test_families import close
+
+IDS = torch.tensor([[7, 30, 4, 9, 88], [12, 5, 0, 0, 0], [3, 0, 41, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
+GIVEN = {"input_ids": IDS, "attention_mask": MASK}
+# The first case of each family, with the head it was trained with.
+MODELS = [
+    (case, head)
+    for head, cases in (("AutoModelForCausalLM", families.CASES), ("AutoModelForMaskedLM", encoders.CASES))
+    for case in {c.family: c for c in reversed(cases)}.values()
+]
+every_model = pytest.mark.parametrize(("case", "head"), MODELS, ids=str)
+
+
+def load(case: Case, head: str, **options):
+    return getattr(taut, head).from_pretrained(checkpoint(case, head), **options)
+
+
+def parts(model) -> list[str]:
+    """The fused projections of a model."""
+    return [name for name, m in model.named_modules() if isinstance(m, Linear) and m.parts]
+
+
+@every_model
+def test_reversed_models_have_every_matrix_apart_compute_the_same_and_save_the_same(case, head, tmp_path):
+    model = load(case, head)
+    fused, before = parts(model), {name: p.clone() for name, p in model.named_parameters()}
+    labels = IDS.masked_fill(MASK == 0, -100)
+    want = model(**GIVEN, labels=labels)
+    model.save_pretrained(tmp_path / "converted")
+
+    assert model.is_bettertransformer and fused and model.reverse_bettertransformer() is model
+    assert not model.is_bettertransformer and not parts(model)
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"} <= {
+        n for n, _ in model.named_modules()
+    }
+    assert {layer.self_attn.only for layer in model.blocks()} == {("eager",)}
+    copied = copy.deepcopy(model)
+    for other in (model, copied):
+        got = other(**GIVEN, labels=labels)
+        close(got.logits, want.logits, 1e-5)
+        close(got.loss, want.loss, 1e-5)
+    got.loss.backward()
+    assert all(p.grad is not None for n, p in copied.named_parameters() if "q_proj" in n)
+    model.reverse_bettertransformer().save_pretrained(tmp_path / "reversed")
+
+    assert model.to_bettertransformer().to_bettertransformer() is model and parts(model) == fused
+    assert {layer.self_attn.only for layer in model.blocks()} == {None}
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(torch.equal(after[n], before[n]) for n in before)
+    model.save_pretrained(tmp_path / "again")
+    files = [sorted((tmp_path / f).iterdir()) for f in ("converted", "reversed", "again")]
+    for written in zip(*files, strict=True):
+        assert len({file.read_bytes() for file in written}) == 1, written[0].name
+
+
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_conversion_takes_no_memory_and_packed_matrices_come_apart_too(options):
+    case, head = MODELS[0]
+    model = load(case, head, attn_implementation="sdpa", **options)
+    want, bytes_before = model(**GIVEN).logits, model.get_memory_footprint()
+    at = {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
+    model.reverse_bettertransformer()
+    close(model(**GIVEN).logits, want, 1e-5)
+    assert model.get_memory_footprint() == bytes_before
+    model.to_bettertransformer()
+    assert torch.equal(model(**GIVEN).logits, want) and model.get_memory_footprint() == bytes_before
+    assert {layer.self_attn.only for layer in model.blocks()} == {("sdpa",)}
+    if not options:
+        assert {p.data_ptr() for p in (*model.parameters(), *model.buffers())} == at
+    model.reverse_bettertransformer().to(torch.float64).to_bettertransformer()  # no longer side by side
+    close(model(**GIVEN).logits, want.double(), 1e-4)
+
+
+def test_training_goes_on_across_conversions():
+    case, head = MODELS[0]
+    models = [load(case, head), load(case, head).reverse_bettertransformer()]
+    for model in models:
+        model(**GIVEN, labels=IDS).loss.backward()
+    models[1].to_bettertransformer()
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        close(theirs.grad, ours.grad, 1e-4), name
+    models[0].requires_grad_(False).reverse_bettertransformer()
+    assert not any(p.requires_grad for p in models[0].parameters())
+    assert models[1].reverse_bettertransformer().generate(IDS[:1], max_new_tokens=4).shape == (1, 9)
