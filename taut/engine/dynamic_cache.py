@@ -40,9 +40,7 @@ class DynamicCache:
         return cache
 
     @staticmethod
-    def asked(
-        given: Any, use_cache: bool | None = None, labels: Tensor | None = None
-    ) -> DynamicCache | None:
+    def asked(given: Any, use_cache: bool | None = None, labels: Tensor | None = None) -> DynamicCache | None:
         """The rows that a call of a model goes on from and extends; None where it is not asked to."""
         if given is None and not use_cache:
             return None

@@ -141,17 +141,20 @@ class Scheduler:
         of rows that decode go in as far as there is room for them without preemption."""
         plan: dict[Row, int] = {}
         self._entered, self._begun = [], []
+        prefills = []
         for request in self.running.copy():
             if _decodes(request):
                 self._decode(request, plan)
+            else:
+                prefills.append(request)
         left = max(self.chunk - len(plan), 1)
         guesses: dict[Row, tuple[int, ...]] = {}
         for row, guess in drafts.items():
             if row in plan:
                 guesses[row] = self._fitting(row, guess, left - 1)
                 left -= len(guesses[row])
-        for request in self.running.copy():
-            if left and request.status is Status.RUNNING and not _decodes(request):
+        for request in prefills:
+            if left and request.status is Status.RUNNING:
                 left -= self._prefill(request, left, plan)
         for row, count in plan.items():
             self._enter(row, row.computed + count)
@@ -164,10 +167,10 @@ class Scheduler:
 
     def ahead(self, under_way: list[Work]) -> list[Work] | None:
         """The decode step after one whose tokens are not known yet, for the same rows, with pages for it;
-        None where the next step may have to be another: a row ends or is computed anew, a request waits, or
-        there is no free page."""
+        None where the next step may have to be another: a row ends or is computed anew, a request that waits
+        could begin, or there is no free page."""
         rows = [work.row for work in under_way]
-        if self.waiting or len(rows) != len(self.running):
+        if len(rows) != len(self.running) or self._admissible():
             return None
         for row in rows:
             length = row.length + 1  # once the token under way has come
@@ -314,8 +317,9 @@ class Scheduler:
         return guess
 
     def _admissible(self) -> bool:
-        """Whether the first in the queue can start: beside other rows only if all of it would fit now, so
-        that it isn't preempted before its first token."""
+        """Whether the first in the queue can start: beside other rows only if all of it would fit now, and an
+        eighth of what all may still generate. So no row is preempted before its first token, and few are at
+        all: some always end before the others have grown."""
         if not self.waiting:
             return False
         if not self.running:
@@ -323,10 +327,14 @@ class Scheduler:
         request, needed = self.waiting[0], self.pages.needed
         if sum(r.width for r in self.running) + request.width > self.max_rows:
             return False
-        rows = chain.from_iterable(r.rows for r in self.running)
-        promised = sum(max(needed(row.length) - len(row.pages), 0) for row in rows)
+        promised = 0
+        for other in self.running:
+            ahead = (other.params.max_new_tokens - len(other.output)) // 8
+            for row in other.rows:
+                promised += max(needed(row.length + ahead) - len(row.pages), 0)
         room = self.pages.free - promised
-        need = sum(needed(row.length + 1) for row in request.rows)
+        ahead = 1 + (request.params.max_new_tokens - len(request.output)) // 8
+        need = sum(needed(row.length + ahead) for row in request.rows)
         if room >= need:
             return True
         known = self._known(request.rows[0])
@@ -364,7 +372,9 @@ class Scheduler:
 
 def _decodes(request: Request) -> bool:
     """Whether every row of a request lacks but its last token."""
-    return all(row.pending == 1 for row in request.rows)
+    if not request.branches:
+        return request.pending == 1
+    return all(row.pending == 1 for row in request.branches)
 
 
 def pages_needed(request: Request, size: int, share: bool = True) -> int:

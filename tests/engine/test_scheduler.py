@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -126,6 +127,33 @@ def test_a_prefill_advances_however_many_rows_decode():
     for _ in range(6):
         assert len([work for work in run(s) if work[0] in rows]) == 4
     assert late.finished and len(late.output) == 1
+
+
+def test_few_rows_that_began_have_to_give_way():
+    """Rows of mixed lengths in a cache that holds half of them: what they will generate is thought of."""
+    s = scheduler(pages=300, size=4, max_rows=64, chunk=64)
+    draw = random.Random(0)
+    rows = [request(draw.randint(1, 80), draw.randint(1, 60)) for _ in range(64)]
+    for r in rows:
+        s.add(r)
+    computed = sum(sum(count for *_, count in run(s)) for _ in range(400))
+    assert not s.has_work
+    assert computed <= 1.03 * sum(len(r.prompt) + r.params.max_new_tokens - 1 for r in rows)
+
+
+def test_a_step_follows_another_unless_a_request_could_begin():
+    s = scheduler(pages=8, max_rows=2, chunk=64)
+    a, b, late = request(10, 20), request(3, 20), request(8, 4)
+    s.add(a)
+    s.add(b)
+    run(s)
+    work = s.schedule()
+    assert [w.row for w in s.ahead(work)] == [a, b]
+    s.add(late)  # there is no row for it
+    assert [w.row for w in s.ahead(work)] == [a, b]
+    s.finish(b, "cancelled")
+    work = [w for w in work if w.row is a]
+    assert s.ahead(work) is None
 
 
 def test_rows_are_limited_and_the_queue_is_never_jumped():
