@@ -69,7 +69,7 @@ def quantized(model: Any, config: BitsAndBytesConfig) -> Any:
     packing = choose(
         Checkpoint(Path("the model"), {}, {}, tensors),
         config,
-        weights.linears(new, mapping),
+        new.linears_on_disk(mapping),
         model.dtype,
         heads=new.heads_on_disk(layout, weights.prefix_of(layout)),
         keep_blocks=False,

@@ -305,7 +305,7 @@ class PreTrainedModel(nn.Module):
         packing = choose(
             checkpoint,
             wanted,
-            weights.linears(model, mapping),
+            model.linears_on_disk(mapping),
             kind,
             heads=model.heads_on_disk(layout, prefix),
             keep_blocks=keep and bool(checkpoint.metadata),
@@ -357,6 +357,13 @@ class PreTrainedModel(nn.Module):
             spare = tuple(name for name in tensors if not name.startswith(f"{prefix}."))
             spare += (f"{prefix}.pooler.*",)
         return weights.Leeway(fresh=(*self.head, *self.computed), reshape=reshape, spare=spare)
+
+    def linears_on_disk(self, mapping: Sequence[Rule]) -> list[str]:
+        """The names that files give to the matrices which small formats may pack: of all linear layers but
+        those that the family keeps `DENSE`."""
+        dense = getattr(family(self.config.model_type), "DENSE", ())
+        names = weights.linears(self, mapping)
+        return [name for name in names if name.removesuffix(".weight").rpartition(".")[2] not in dense]
 
     def heads_on_disk(self, layout: Sequence[weights.Piece], prefix: str | None) -> list[str]:
         """What files call the modules of `head`, less the word that headless files leave out."""

@@ -25,7 +25,7 @@ ARCHITECTURE = "T5ForConditionalGeneration"
 
 ENCODER_ALONE = True  # transformers has a class for it
 
-# Products that files of small formats keep dense, since float16 can't hold what they add up to.
+# Matrices that small formats never pack, in transformers' files as in ours: their sums are large.
 DENSE = ("wo",)
 # The table of tokens under each name that it goes by, and a bias that older files hold and nothing reads.
 IGNORED = (

@@ -1,0 +1,121 @@
+"""Encoder-decoders in 4 and 8 bit: both stacks packed, saved and read, by transformers + bitsandbytes too."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from taut import AutoModelForSeq2SeqLM
+from tests.families import checkpoint
+from tests.quant.test_models import FORMATS, close, config, every_format, linears, off
+from tests.seq2seq import BART, CASES, T5
+
+AUTO = "AutoModelForSeq2SeqLM"
+# Plain and gated MLPs, shared and own tables, biases and none.
+KINDS = ("t5", "t5-gated-unscaled", "bart", "marian-two-tables")
+every_kind = pytest.mark.parametrize("case", [case for case in CASES if case.name in KINDS], ids=str)
+
+
+def load(path, **options):
+    return AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, **options)
+
+
+def ids(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 100, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, source: int = 14, target: int = 9) -> torch.Tensor:
+    return model(ids(source, 0), decoder_input_ids=ids(target, 1)).logits.float()
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "int8"])
+@every_kind
+def test_both_stacks_compute_with_packed_weights_and_keep_every_byte(case, name, tmp_path):
+    path = checkpoint(case, AUTO)
+    model, dense = load(path, quantization_config=config(name)), load(path)
+    whole = {"lm_head"} | ({n for n in linears(model) if "down_proj" in n} if "t5" in case.name else set())
+    for module_name, module in linears(model).items():
+        assert (module.packed is None) == (module_name in whole), module_name
+        if module.packed is not None:
+            with torch.no_grad():
+                dense.get_submodule(module_name).weight.copy_(module.packed.dequantize(torch.float32))
+    if name == "int8":  # activations are in 8 bits too
+        assert off(logits(model), logits(dense)) < 0.1
+    else:
+        close(logits(model), logits(dense))
+    model.save_pretrained(tmp_path / "once")
+    again = load(tmp_path / "once")
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "twice", max_shard_size="20KB")
+    load(tmp_path / "twice").save_pretrained(tmp_path / "third")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
+
+
+# Rows of whole blocks: bitsandbytes' CPU code dequantizes others wrongly.
+ALIGNED = {
+    "T5": T5 | {"d_model": 128, "d_kv": 32, "d_ff": 192, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    "Bart": BART
+    | {"d_model": 128, "encoder_ffn_dim": 192, "decoder_ffn_dim": 128}
+    | {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+}
+
+
+@functools.cache
+def aligned(kind: str) -> Path:
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(
+        getattr(transformers, f"{kind}Config")(**ALIGNED[kind])
+    )
+    for param in model.parameters():
+        if param.dim() >= 2:
+            torch.nn.init.normal_(param, std=0.08)
+    folder = Path(tempfile.mkdtemp(prefix="taut-quant-")) / kind
+    model.save_pretrained(folder)
+    return folder
+
+
+def theirs(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", device_map="cpu", **options
+        ).train()  # in inference, bitsandbytes' CPU code computes 4-bit layers in bfloat16
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = module.activation_dropout = module.attention_dropout = 0.0
+    return model
+
+
+@pytest.mark.parametrize("kind", ALIGNED)
+@every_format
+def test_transformers_reads_what_taut_saves_and_the_other_way_round(kind, name, tmp_path):
+    ours = load(aligned(kind), quantization_config=config(name))
+    reference = theirs(aligned(kind), quantization_config=transformers.BitsAndBytesConfig(**FORMATS[name]))
+
+    def agree(other):
+        if name != "int8":
+            return close(logits(ours), logits(other), 2e-4)
+        # In training, bitsandbytes' CPU code multiplies by the dequantized weight; else it rounds inputs too.
+        exact, rounded = logits(other), logits(other.eval())
+        assert off(logits(ours), exact) < 1.3 * off(rounded, exact)
+
+    agree(reference)
+    reference.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    mine, other = (load_file(tmp_path / side / "model.safetensors") for side in ("ours", "theirs"))
+    assert mine.keys() == other.keys()
+    for key, tensor in mine.items():
+        assert torch.equal(tensor, other[key]), key
+    agree(theirs(tmp_path / "ours"))
+    assert torch.equal(logits(load(tmp_path / "theirs")), logits(ours))
