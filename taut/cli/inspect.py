@@ -25,6 +25,7 @@ from taut.errors import TautError
 from taut.hub import default_model, resolve
 from taut.models import read_config
 from taut.placement import pick_device, pick_dtype
+from taut.quant.choose import unpacked
 from taut.tokenizer import AutoTokenizer
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
@@ -131,6 +132,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
     config = read_config(checkpoint.config, f"{path}: config")
     stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values()).most_common()
+    checkpoint = unpacked(checkpoint)
     loaded = pick_dtype(dtype, config, checkpoint, pick_device("auto"))
     sizes = parts(checkpoint, loaded)
     per_token = kv_bytes_per_token(config, loaded)

@@ -16,7 +16,7 @@ from tests.families import CASES, VOCAB, checkpoint
 pytestmark = pytest.mark.gpu
 
 FAMILIES = ["llama", "mistral-window", "qwen3", "gemma2", "phi3-longrope", "llama-rope-dynamic"]
-FAMILIES += ["mixtral", "qwen2-moe-some-layers", "qwen3-moe"]
+FAMILIES += ["mixtral", "qwen2-moe-some-layers", "qwen3-moe", "gpt-oss"]
 PARAMS = [
     {},
     {"greedy": False, "seed": 5},
@@ -90,8 +90,9 @@ def test_a_replay_equals_the_same_step_without_one_bit_for_bit():
             assert torch.equal(replayed, eager)
 
 
-def test_steady_decode_does_not_synchronise():
-    engine = Engine(load("llama", torch.bfloat16), cache_tokens=512)
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gpt-oss"])
+def test_steady_decode_does_not_synchronise(name):
+    engine = Engine(load(name, torch.bfloat16), cache_tokens=512)
     request = engine.submit(Request([5, 6, 7], SamplingParams(max_new_tokens=40)))
     while len(request.output) < 4:
         engine.step()

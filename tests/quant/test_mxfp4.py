@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from taut import AutoModelForCausalLM
+from taut.cli.inspect import describe
 from taut.errors import CheckpointError
 from taut.quant import mxfp4
 from tests.families import CASES, VOCAB
@@ -75,6 +76,7 @@ def test_blocks_are_what_transformers_makes_of_them(released, tmp_path):
         quantization_config=transformers.Mxfp4Config(dequantize=True),
     )
     close(logits(model), logits(theirs))
+    assert describe(released, "auto")["parameters"] == model.num_parameters()
     # Saved dense, in the form in which transformers holds them.
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
