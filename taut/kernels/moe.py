@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from taut.kernels.act import glu
+from taut.kernels.gemv import fuses, gemv
 
 Product = Callable[[int, Tensor], Tensor]  # of an expert's number and its rows
+
+
+def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` `[tokens, experts]` in float32 at least: rounded to 16 bits, experts would tie, and which
+    of them a token gets would depend on the tokens beside it."""
+    if fuses(x, weight):
+        return gemv(x, weight, bias, out_dtype=torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
 def route(scores: Tensor, chosen: int, normalised: bool) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from taut.config import Mlp, Moe
 from taut.kernels.dispatch import ops, triton_refuses
-from taut.kernels.linear import linear
-from taut.kernels.moe import mixture
+from taut.kernels.moe import mixture, scores_of
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.layers.mlp import GatedMlp
@@ -26,7 +25,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, in float32 at least, and numbers of the chosen experts, both `[tokens, chosen]`."""
-        scores = linear(x, self.weight, self.bias)
+        scores = scores_of(x, self.weight, self.bias)
         return ops("moe", x).route(scores, self.config.chosen, self.config.normalised)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,6 @@ from taut.engine.request import Request, SamplingParams
 from tests.families import CASES, VOCAB, checkpoint
 
 FAMILIES = ["llama", "mistral-window", "gemma2", "opt", "bloom", "phi3-longrope", "llama-rope-dynamic"]
-FAMILIES += ["mixtral", "gpt-oss"]
 
 
 def load(name: str, dtype=torch.bfloat16):

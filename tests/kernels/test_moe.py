@@ -142,6 +142,15 @@ def test_routing_is_the_references_and_scores_that_are_not_finite_stay_within_bo
     assert weights[:2].isnan().all() and weights[2].tolist() == [1, 0, 0, 0]
 
 
+def test_scores_are_not_rounded_to_16_bits():
+    x, weight, bias = torch.randn(5, 64).bfloat16(), torch.randn(7, 64).bfloat16(), torch.randn(7).bfloat16()
+    scores = moe.scores_of(x, weight, bias)
+    assert scores.dtype is torch.float32
+    want = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(scores.double(), want, rtol=1e-5, atol=1e-5)
+    assert moe.scores_of(x.double(), weight.double()).dtype is torch.float64
+
+
 def test_equal_calls_give_equal_bits():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = CASES["few tokens of many experts"]
