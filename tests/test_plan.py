@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import taut
-from taut import AutoModelForCausalLM
+from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from taut.errors import RequestError
+from taut.kernels import attention
 from tests.families import CASES, checkpoint
+from tests.seq2seq import CASES as SEQ2SEQ
 
 LLAMA = CASES[0]
 GEMMA2 = next(case for case in CASES if case.name == "gemma2")
@@ -49,12 +53,9 @@ def test_layers_that_run_alike_share_a_line():
     assert [(c.first, c.last, c.chosen) for c in lines] == [(0, 0, "sdpa"), (1, 1, "eager"), (2, 2, "sdpa")]
 
 
-def test_the_plan_is_what_runs(monkeypatch):
-    """A candidate that would be chosen is the one that is called."""
-    from dataclasses import replace
-
-    from taut.kernels import attention
-
+@pytest.fixture
+def called(monkeypatch):
+    """The names of the candidates that are called, in order."""
     called = []
 
     def watch(name, candidate):
@@ -66,10 +67,30 @@ def test_the_plan_is_what_runs(monkeypatch):
 
     watched = {name: watch(name, c) for name, c in attention.CANDIDATES.items()}
     monkeypatch.setattr(attention, "CANDIDATES", watched)
+    return called
+
+
+def test_the_plan_is_what_runs(called):
+    """A candidate that would be chosen is the one that is called."""
     model = load()
     model(IDS)
     choice = next(c for c in model.plan().choices if c.op == "attention of even rows")
     assert called == [choice.chosen] * 3
+
+
+def test_an_encoder_decoder_counts_its_stacks_apart_and_lists_what_attends_to_the_source(called):
+    case = next(case for case in SEQ2SEQ if case.name == "bart-uneven-scaled")
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint(case, "AutoModelForSeq2SeqLM"))
+    model.decoder.layers[1].encoder_attn.only = ("eager",)
+    model(IDS, decoder_input_ids=IDS)
+    choices = model.plan().choices
+    own = [(c.stack, c.first, c.last, c.chosen) for c in choices if c.op == "attention of even rows"]
+    cross = [(c.stack, c.first, c.last, c.chosen) for c in choices if "encoder's" in c.op]
+    assert own == [("encoder", 0, 0, "sdpa"), ("decoder", 0, 2, "sdpa")]
+    assert cross == [("decoder", i, i, name) for i, name in enumerate(("sdpa", "eager", "sdpa"))]
+    assert called == ["sdpa", "sdpa", "sdpa", "sdpa", "eager", "sdpa", "sdpa"]
+    assert {c.stack for c in choices if "cached" in c.op} == {"decoder"}
+    assert "decoder 0-2" in str(model.plan())
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from taut.kernels import gemv
-from taut.kernels.attention import Call, Pages, explain
+from taut.kernels.attention import Call, KeyRows, Pages, explain
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.linear import why_not_blocked
 from taut.layers.moe import MoeMlp
 from taut.layers.siblings import Siblings
 
 if TYPE_CHECKING:
-    from taut.layers.attention import Attention
+    from taut.layers.attention import Attention, CrossAttention
     from taut.layers.block import Block
     from taut.layers.linear import Linear
     from taut.layers.moe import Experts
@@ -26,13 +27,15 @@ Offer = tuple[str, str | None]  # an implementation, and why it can't be taken
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers `[first, last]` run `op` by `chosen`; `passed` are those before it, each with its reason."""
+    """Layers `[first, last]` run `op` by `chosen`; `passed` are those before it, each with its reason.
+    `stack`: "encoder" or "decoder" in a model with both, whose layers are counted apart."""
 
     first: int
     last: int
     op: str
     chosen: str
     passed: tuple[tuple[str, str], ...]
+    stack: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Plan:
         for c in self.choices:
             layers = str(c.first) if c.first == c.last else f"{c.first}-{c.last}"
             reasons = "\n".join(f"{name}: {why}" for name, why in c.passed)
-            table.add_row(layers, c.op, c.chosen, reasons)
+            table.add_row(f"{c.stack} {layers}".lstrip(), c.op, c.chosen, reasons)
         console = Console(width=110)
         with console.capture() as text:
             console.print(table)
@@ -64,8 +67,22 @@ class Plan:
 
 def make_plan(model: PreTrainedModel) -> Plan:
     """The plan of a model on its device, in its dtype; neighbours that run alike share a line."""
-    layers = [_layer(model, block) for block in model.blocks()]
-    choices = []
+    choices = [
+        choice
+        for stack, blocks in _stacks(model).items()
+        for choice in _choices(stack, [_layer(model, block) for block in blocks])
+    ]
+    return Plan(str(model.device), str(model.dtype).removeprefix("torch."), tuple(choices))
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, list[Block]]:
+    """The blocks of each stack by its name; a lone stack needs none."""
+    if model.config.pairing is None or not hasattr(model, "decoder"):
+        return {"": list(model.blocks())}
+    return {"encoder": list(model.encoder.layers), "decoder": list(model.decoder.layers)}
+
+
+def _choices(stack: str, layers: list[dict[str, list[Offer]]]) -> Iterator[Choice]:
     for op in dict.fromkeys(op for layer in layers for op in layer):
         first = 0
         for last, layer in enumerate(layers):
@@ -73,18 +90,17 @@ def make_plan(model: PreTrainedModel) -> Plan:
             if last + 1 < len(layers) and layers[last + 1].get(op) == offers:
                 continue
             if offers is not None:
-                choices.append(_choice(first, last, op, offers))
+                yield _choice(first, last, op, offers, stack)
             first = last + 1
-    return Plan(str(model.device), str(model.dtype).removeprefix("torch."), tuple(choices))
 
 
-def _choice(first: int, last: int, op: str, offers: list[Offer]) -> Choice:
+def _choice(first: int, last: int, op: str, offers: list[Offer], stack: str) -> Choice:
     passed = []
     for name, why in offers:
         if why is None:
-            return Choice(first, last, op, name, tuple(passed))
+            return Choice(first, last, op, name, tuple(passed), stack)
         passed.append((name, why))
-    return Choice(first, last, op, "nothing: it raises", tuple(passed))
+    return Choice(first, last, op, "nothing: it raises", tuple(passed), stack)
 
 
 def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
@@ -93,7 +109,7 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
     attn = block.self_attn
     experts = {"experts": _experts(x, block.mlp.experts)} if isinstance(block.mlp, MoeMlp) else {}
     cached = {}
-    if model.config.kind != "encoder":
+    if attn.config.causal:
         cached = {
             "attention to a cached prefix": _attention(model, attn, 512, rows=1, cached=True),
             "attention of a decode step": _attention(model, attn, 1, rows=1, cached=True),
@@ -106,13 +122,28 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
         "attention of even rows": _attention(model, attn, 512, rows=1),
         "attention of uneven rows": _attention(model, attn, 512, rows=2),
         **cached,
+        **({} if block.encoder_attn is None else _cross(model, block.encoder_attn)),
+    }
+
+
+def _cross(model: PreTrainedModel, attn: CrossAttention) -> dict[str, list[Offer]]:
+    return {
+        "attention to an encoder's states": _attention(model, attn, 512, rows=2, source=512),
+        "attention to a cached source": _attention(model, attn, 1, rows=1, cached=True),
     }
 
 
 def _attention(
-    model: PreTrainedModel, attn: Attention, tokens: int, *, rows: int, cached: bool = False
+    model: PreTrainedModel,
+    attn: Attention,
+    tokens: int,
+    *,
+    rows: int,
+    cached: bool = False,
+    source: int | None = None,
 ) -> list[Offer]:
-    """`tokens` queries, the longest row with all of them but one a row for the others."""
+    """`tokens` queries, the longest row with all of them but one a row for the others; `source` keys a row
+    where the keys have rows of their own."""
     c, longest = attn.config, tokens - rows + 1
     q = torch.empty(1, c.heads, c.head_dim, dtype=model.dtype, device=model.device).expand(tokens, -1, -1)
     pages = None
@@ -120,8 +151,12 @@ def _attention(
         keys = torch.empty(1, 16, c.kv_heads, c.head_dim, dtype=model.dtype, device=model.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=model.device)
         pages = Pages(keys, keys, table, table[0], longest)
+    keys_of = None
+    if source is not None:
+        starts = torch.empty(rows + 1, dtype=torch.int32, device=model.device)
+        keys_of = KeyRows(starts, source)
     with torch.inference_mode():
-        return explain(Call(q, rows, longest, attn.scoring, pages, c.kv_heads), attn.only)
+        return explain(Call(q, rows, longest, attn.scoring, pages, c.kv_heads, keys_of), attn.only)
 
 
 def _experts(x: torch.Tensor, experts: Experts) -> list[Offer]:
