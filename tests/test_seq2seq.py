@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 import taut
 from taut import AutoModelForSeq2SeqLM, weights
+from taut.errors import ConfigError, RequestError
 from taut.models import families, family, kind
-from tests.families import VOCAB, Case, checkpoint, oracle
+from tests.families import CONTEXT, VOCAB, Case, checkpoint, oracle
 from tests.seq2seq import CASES
 from tests.test_encoders import fields
 from tests.test_families import close, every_device, padded, rows
@@ -162,3 +163,105 @@ def test_save_is_byte_identical_and_transformers_reads_it(case, tmp_path):
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     source, target = limited(rows(19, 12))
     close(alone(model, source, target).logits, alone(theirs, source, target).logits)
+
+
+# -- generation --------------------------------------------------------------------------------------
+
+PLAIN = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def theirs_alone(model, source: list[int], **options) -> list[list[int]]:
+    """transformers' tokens for one row; without its cache, which is too short for a deeper decoder."""
+    given = {"input_ids": torch.tensor([source]), "attention_mask": torch.ones(1, len(source))}
+    return model.generate(**given, **PLAIN | options, use_cache=False).tolist()
+
+
+@every_case
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_equals_the_oracles(case, beams):
+    model, theirs, (sources, _) = load(case), reference(case), prompts()
+    options = {"max_new_tokens": 12, "num_beams": beams, "no_repeat_ngram_size": 2, "forced_bos_token_id": 7}
+    want = [row for source in sources for row in theirs_alone(theirs, source, **options)]
+    assert len({tuple(row) for row in want}) > 1  # what is said depends on the source
+    for side in ("left", "right"):
+        assert model.generate(**padded(sources, side, "cpu"), **PLAIN | options).tolist() == want
+
+
+@every_device
+@every_case
+def test_prefill_and_decode_equal_the_full_pass(case, device):
+    model, new, (sources, targets) = load(case, device), 6, prompts()
+    decoder = padded(targets, "left", device)
+    out = model.generate(
+        **padded(sources, "right", device),
+        decoder_input_ids=decoder["input_ids"],
+        decoder_attention_mask=decoder["attention_mask"],
+        max_new_tokens=new,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **PLAIN,
+    )
+    start = model.config.decoder_start_token_id
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        made = out.sequences[row, -new:].tolist()
+        for step, logits in enumerate(out.logits):
+            full = alone(model, source, [start, *target, *made[:step]], device).logits[0, -1].cpu()
+            close(logits[row].float().cpu(), full)
+            assert full.argmax().item() == made[step]
+
+
+def test_decoders_begin_as_they_are_told():
+    case = next(case for case in CASES if case.name == "t5")
+    model, theirs, (sources, _) = load(case), reference(case), prompts()
+    source, options = sources[0], {"max_new_tokens": 5}
+    inputs = {"input_ids": torch.tensor([source]), "attention_mask": torch.ones(1, len(source))}
+    for given in ([[9, 8]], [[0, 9, 8]]):  # with its start token and without
+        decoder = {"decoder_input_ids": torch.tensor(given)}
+        want = theirs_alone(theirs, source, **options, **decoder)
+        assert want[0][:3] == [0, 9, 8]
+        assert model.generate(**inputs, **options, **decoder, **PLAIN).tolist() == want
+    want = [theirs_alone(theirs, source, **options, decoder_start_token_id=start)[0] for start in (5, 6)]
+    twice = {name: value.repeat(2, 1) for name, value in inputs.items()}
+    assert model.generate(**twice, **options, decoder_start_token_id=[5, 6], **PLAIN).tolist() == want
+    assert list(model.stream(**inputs, **options, **PLAIN)) == theirs_alone(theirs, source, **options)[0][1:]
+
+
+def test_encoder_outputs_take_the_place_of_a_source():
+    case = next(case for case in CASES if case.name == "mbart")
+    model, given = load(case), grids("left")
+    source = {name: given[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        states = model(**given).encoder_last_hidden_state
+        want = model(**given).logits
+        for form in (states, (states,), taut.modeling.ModelOutput(last_hidden_state=states)):
+            rest = {name: value for name, value in given.items() if name != "input_ids"}
+            assert torch.equal(model(**rest, encoder_outputs=form).logits, want)
+    options = {"max_new_tokens": 6, "decoder_start_token_id": 4, **PLAIN}
+    mask = source["attention_mask"]
+    got = model.generate(encoder_outputs=(states,), attention_mask=mask, num_beams=2, **options)
+    assert torch.equal(got, model.generate(**source, num_beams=2, **options))
+
+
+def test_bad_requests_are_named():
+    case = next(case for case in CASES if case.name == "marian-two-tables")
+    model, ids = load(case), torch.tensor([[5, 6, 7]])
+    for options, message in (
+        ({"decoder_input_ids": [[VOCAB - 10]]}, "decoder_input_ids row 0, position 0: token id 121"),
+        ({"input_ids": torch.tensor([[VOCAB]])}, "input_ids row 0, position 0: token id 131"),
+        ({"input_ids": torch.zeros(1, CONTEXT + 1, dtype=torch.int64) + 4}, "the encoder's context is 64"),
+        ({"decoder_input_ids": [[4], [5]]}, "decoder_input_ids has 2 rows, and the encoder reads 1"),
+        ({"decoder_start_token_id": [4, 5]}, "decoder_start_token_id has 2 tokens for 1 rows"),
+        ({"encoder_outputs": torch.zeros(1, 2, 3)}, r"its last_hidden_state \[rows, width, 48\] first"),
+        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, which is for decoders"),
+        ({"assistant_model": model}, "assistant_model is not supported for encoder-decoders"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            model.generate(**{"input_ids": ids, "max_new_tokens": 2, **options})
+    with pytest.raises(RequestError, match=r"decoder_input_ids\[0, 0\] is 120; the vocabulary has ids 0"):
+        model(ids, decoder_input_ids=torch.tensor([[120]]))
+    with pytest.raises(RequestError, match="have 2 rows and the encoder's 1"):
+        model(ids, decoder_input_ids=torch.tensor([[5], [6]]))
+    with pytest.raises(RequestError, match="give exactly one of decoder_input_ids and decoder_inputs_embeds"):
+        model(ids)
+    with pytest.raises(ConfigError, match="a family of encoder-decoders, which AutoModelForCausalLM"):
+        load(case, auto="AutoModelForCausalLM")

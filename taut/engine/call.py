@@ -25,6 +25,7 @@ from taut.engine.processors import Barred, Forced, LengthDecay
 from taut.engine.prompts import read_prompts
 from taut.engine.request import Group, LogitsProcessor, Request
 from taut.engine.resident import Resident
+from taut.engine.sources import read_beginnings, read_sources
 from taut.engine.stops import RowText, StopRow
 from taut.errors import RequestError
 
@@ -32,7 +33,6 @@ from taut.errors import RequestError
 REFUSED: Mapping[str, str] = {
     "assistant_tokenizer": "an assistant_model guesses in the model's own tokens; use one of its tokenizer",
     "custom_generate": "custom generation code is not run",
-    "encoder_outputs": "encoder-decoder models are not supported",
     "inputs_embeds": "generation starts from token ids; pass input_ids",
     "position_ids": "positions follow from attention_mask; leave position_ids out",
 }
@@ -40,7 +40,9 @@ ARGUMENTS = (
     "input_ids", "inputs", "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
     "prefix_allowed_tokens_fn", "streamer", "tokenizer",
 )  # fmt: skip
+OF_ENCODERS = ("decoder_input_ids", "decoder_attention_mask", "encoder_outputs")
 TAKEN = (
+    *OF_ENCODERS,
     "assistant_model",
     "past_key_values",
     "response_format",
@@ -136,12 +138,14 @@ def prepare(
     negative = options.pop("negative_prompt_ids", None), options.pop("negative_prompt_attention_mask", None)
     assistant, past = options.pop("assistant_model", None), options.pop("past_key_values", None)
     response_format = options.pop("response_format", None)
+    beginning = {name: options.pop(name, None) for name in OF_ENCODERS}
     config = _config(model, generation_config, options)
     _check_assistant(model, assistant, config)
     _check_together(config, negative[0] is not None)
+    _check_encoder(model, config, assistant, beginning)
 
     pad = config.pad_token_id if config.pad_token_id is not None and config.pad_token_id >= 0 else None
-    if inputs is None:
+    if inputs is None and beginning["encoder_outputs"] is None:
         if config.bos_token_id is None:
             raise RequestError(
                 "no input_ids, and the model has no BOS token to start from. Next step: pass input_ids, or "
@@ -155,7 +159,11 @@ def prepare(
         vocab=model.config.vocab_size,
         device=torch.device(model.device),
     )
-    given, prompts = read(inputs, attention_mask)
+    sources: list[Any] = []
+    if model.config.encoder is None:
+        given, prompts = read(inputs, attention_mask)
+    else:
+        given, prompts, sources = _pairs(model, config, inputs, attention_mask, read, **beginning)
     negatives: list[list[int]] = [[]]
     if negative[0] is not None:
         _, negatives = read(*negative, name="negative_prompt_ids")
@@ -200,6 +208,7 @@ def prepare(
                 keep_logits=keep and bool(config.output_logits),
                 constraint=_constraint(response_format, tokenizer, model, config),
                 group=_group(config, negatives[row % len(negatives)]),
+                source=sources[row] if sources else None,
                 scope=None if config.use_cache is False else (),
             )
         )
@@ -213,6 +222,59 @@ def engine_for(model: Any, calls: Sequence[Call]) -> Engine:
     requests = [request for call in calls for request in call.requests]
     _give_drafters(requests, calls[0].assistant, calls[0].config)
     return Resident.of(model).engine(model, requests)
+
+
+def _check_encoder(
+    model: Any, config: GenerationConfig, assistant: Any, beginning: Mapping[str, Any]
+) -> None:
+    """Raises `RequestError` for what only encoder-decoders take, and what they don't."""
+    given = next((name for name, value in beginning.items() if value is not None), None)
+    if model.config.encoder is None:
+        if given is not None:
+            raise RequestError(f"generate got {given}, and a {model.config.model_type} has no encoder")
+        return
+    if config.guided:
+        raise RequestError(
+            f"guidance_scale is {config.guidance_scale}, which is for decoders: beside a source, a prompt to "
+            "move away from is not defined. Next step: leave it out"
+        )
+    if assistant is not None:
+        raise RequestError(
+            "assistant_model is not supported for encoder-decoders; without it the output is the same. "
+            "Next step: leave it out, or try prompt_lookup_num_tokens"
+        )
+
+
+def _pairs(
+    model: Any,
+    config: GenerationConfig,
+    inputs: Any,
+    attention_mask: Any,
+    read: Callable[..., tuple[Tensor, list[list[int]]]],
+    *,
+    decoder_input_ids: Any,
+    decoder_attention_mask: Any,
+    encoder_outputs: Any,
+) -> tuple[Tensor, list[list[int]], list[Any]]:
+    """What the decoder begins with, padded and without padding, and what the encoder reads."""
+    encoder = model.config.encoder
+    sources = read_sources(
+        inputs,
+        attention_mask,
+        encoder_outputs,
+        dim=encoder.dim,
+        read=functools.partial(read, vocab=encoder.vocab_size),
+    )
+    given, prompts = read_beginnings(
+        config,
+        len(sources),
+        decoder_input_ids,
+        decoder_attention_mask,
+        device=inputs.device if isinstance(inputs, Tensor) else torch.device(model.device),
+        # Its start token often is the pad token.
+        read=functools.partial(read, pad=None, ends=()),
+    )
+    return given, prompts, sources
 
 
 def _check_past(past: Any, prompts: list[list[int]], config: GenerationConfig) -> None:
@@ -383,6 +445,7 @@ def _config(model: Any, given: Any, options: dict[str, Any]) -> GenerationConfig
         "eos_token_id": list(model.config.eos_token_ids) or None,
         "bos_token_id": model.config.bos_token_id,
         "pad_token_id": model.config.pad_token_id,
+        "decoder_start_token_id": model.config.decoder_start_token_id,
     }
     for name, value in fallback.items():
         if getattr(config, name) is None and name not in options:

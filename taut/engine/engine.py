@@ -109,6 +109,7 @@ class Engine:
         self.scheduler.check(request)
         if request.drafter is not None and request.group is not None:
             raise RequestError("guesses are made for single rows, not for beams or guidance; leave one out")
+        self._check_source(request)
         vocab = self.model.config.vocab_size
         for name, ids in (
             *(("prompt" if row is request else "negative prompt", row.prompt) for row in request.rows),
@@ -123,6 +124,36 @@ class Engine:
                     f"{name} has token id {bad} at index {at}, but the model's ids are 0 to {vocab - 1}; "
                     "was it made by another model's tokenizer?"
                 )
+
+    def _check_source(self, request: Request) -> None:
+        encoder, source = self.model.config.encoder, request.source
+        if (encoder is None) != (source is None):
+            raise RequestError(
+                "the model has no encoder, and the request a source for one; leave it out"
+                if encoder is None
+                else "the request has no source, what the encoder is to read; give its token ids"
+            )
+        if source is None:
+            return
+        if not len(source):
+            raise RequestError("the source is empty; give the encoder at least one token")
+        if isinstance(source, Tensor):
+            if source.dim() != 2 or source.shape[1] != encoder.dim:
+                raise RequestError(
+                    f"the source has shape {list(source.shape)}; expected [length, {encoder.dim}]"
+                )
+            return
+        if len(source) > encoder.context:
+            raise RequestError(
+                f"the source has {len(source)} tokens, and the encoder's context is {encoder.context}; "
+                "shorten it (truncation=True, max_length=...)"
+            )
+        if min(source) < 0 or max(source) >= encoder.vocab_size:
+            bad = next(token for token in source if not 0 <= token < encoder.vocab_size)
+            raise RequestError(
+                f"the source has token id {bad}, but the encoder's ids are 0 to {encoder.vocab_size - 1}; "
+                "was it made by another model's tokenizer?"
+            )
 
     def submit(self, request: Request) -> Request:
         """Queue a request and give it its number; raises `RequestError` if it can't be served."""
@@ -170,16 +201,18 @@ class Engine:
         if self._under_way is not None:
             return self._read(self._under_way, started)
         work = self.scheduler.schedule(self._drafts())
-        if not work:
-            return []
-        graph = self.graphs is not None and self.graphs.accepts(work)
+        graph = bool(work) and self.graphs is not None and self.graphs.accepts(work)
         try:
             self.runner.copy(self.scheduler.copies)
+            self.runner.encode(self.scheduler.sources)
             begun = self.graphs.start(work) if graph else self.runner(work)
         except BaseException:
             self.scheduler.abandon()
             raise
         self.scheduler.copies.clear()
+        self.scheduler.sources.clear()
+        if not work:  # rows whose tokens are all cached may still have had their source encoded
+            return []
         if graph:
             return self._read(begun, started)
         for item in work:

@@ -59,7 +59,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 WITHOUT_EFFECT = frozenset({
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight",
     "assistant_lookbehind", "cache_config", "cache_implementation", "compile_config",
-    "continuous_batching_config", "decoder_start_token_id", "disable_compile",
+    "continuous_batching_config", "disable_compile",
     "is_assistant", "low_memory", "max_cache_len", "num_assistant_tokens_schedule", "prefill_chunk_size",
     "remove_invalid_values", "speculation_type", "target_lookbehind",
     "transformers_version", "use_mtp", "_from_model_config", "_commit_hash",
@@ -102,6 +102,7 @@ drawn from |
     | `return_dict_in_generate`, `output_scores`, `output_logits` | what `generate` returns |
     | `use_cache` | False: rows share no pages with others, nor with calls before or after; same output |
     | `pad_token_id`, `bos_token_id`, `eos_token_id` | ids; `eos_token_id` may be several |
+    | `decoder_start_token_id` | what the decoder of an encoder-decoder starts with; or one for each row |
     | `extra` | further keys of the file: kept and written back |
 
     Raises `RequestError` for an unknown option or a value out of range.
@@ -153,6 +154,7 @@ drawn from |
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | Sequence[int] | None = None
+    decoder_start_token_id: int | Sequence[int] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, **options: Any) -> None:
@@ -471,9 +473,9 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "use_cache": _FLAG,
     "pad_token_id": ("a token id", _is_int),
     "bos_token_id": ("a token id", _is_int),
-    "eos_token_id": (
-        "a token id or a list of them",
-        lambda v: _is_int(v) or _is_ids(v),
+    **dict.fromkeys(
+        ("eos_token_id", "decoder_start_token_id"),
+        ("a token id or a list of them", lambda v: _is_int(v) or _is_ids(v)),
     ),
 }
 

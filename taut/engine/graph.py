@@ -15,7 +15,7 @@ from torch import Tensor
 from taut.batch import Batch, PagedKV
 from taut.engine.replay import graphs_refuse
 from taut.engine.request import Request
-from taut.engine.runner import Runner
+from taut.engine.runner import Runner, fill_source
 from taut.engine.scheduler import Work
 from taut.kernels.attention import Call, Pages, explain, restrictions
 from taut.kernels.device import Workspace, using
@@ -110,7 +110,9 @@ class DecodeGraph:
         width = LEAST_PAGES
         while width < max(len(w.row.pages) for w in work) + 1:  # room to grow before the next capture
             width *= 2
-        where = width, restrictions()  # every host value that a capture bakes in, the rows aside
+        sources = max(len(w.row.request.source_pages) for w in work)  # 0 without
+        sources = 1 << (sources - 1).bit_length() if sources else 0
+        where = width, sources, restrictions()  # every host value that a capture bakes in, the rows aside
         fits = [size for size in ROW_BUCKETS if size >= len(work)]
         # One of up to twice the rows that is there already: idle rows cost next to nothing, a capture does.
         made = (size for size in fits if size <= 2 * fits[0] and (size, *where) in self._graphs)
@@ -119,7 +121,7 @@ class DecodeGraph:
         graph = self._graphs.get(key)
         if graph is None:
             with using(self._workspace):
-                graph = self._graphs[key] = _Graph(self.runner, rows, width, self._pool)
+                graph = self._graphs[key] = _Graph(self.runner, rows, *where[:2], self._pool)
         graph.fill(work)
         return graph.launch(work)
 
@@ -133,14 +135,15 @@ class DecodeGraph:
 
 
 class _Graph:
-    """One captured size: `rows` rows of at most `width` pages."""
+    """One captured size: `rows` rows of at most `width` pages, and `sources` pages of what each row's
+    cross-attention reads (0: there is none)."""
 
-    def __init__(self, runner: Runner, rows: int, width: int, pool):
-        self.rows, self.width, self.page_size = rows, width, runner.page_size
+    def __init__(self, runner: Runner, rows: int, width: int, sources: int, pool):
+        self.rows, self.width, self.sources, self.page_size = rows, width, sources, runner.page_size
         self.model = runner.model
         device = runner.device
         # All state in one buffer, the 64-bit fields first: filling it is one copy.
-        sizes = [2 * rows] * 3 + [rows] * 7 + [rows * width]
+        sizes = [2 * rows] * 3 + [rows] * 7 + [rows * width, rows * (sources > 0), rows * sources]
         self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
         self._state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         self._sizes = sizes
@@ -148,6 +151,7 @@ class _Graph:
         self.ids, seeds, steps, self.positions, self.lengths, self.active, top_k = views[:7]
         temperature, top_p, min_p = (view.view(torch.float32) for view in views[7:10])
         self.table = views[10].view(rows, width)
+        self.source_lengths, self.source_table = views[11], views[12].view(rows, sources)
         self.how = Sampling(temperature, top_k, top_p, min_p, seeds, steps)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -172,7 +176,11 @@ class _Graph:
         slots = self.table.gather(1, page).squeeze(1) * self.page_size + self.positions % self.page_size
         slots = torch.where(self.active > 0, slots, -1).long()
         kv = PagedKV(self._keys, self._values, self.table, self.lengths, slots, self.width * self.page_size)
-        batch = Batch(self.ids, self.positions, self.starts, 1, kv=kv, totals=self.lengths)
+        source = None
+        if self.sources:
+            table, lengths, longest = self.source_table, self.source_lengths, self.sources * self.page_size
+            source = PagedKV(self._keys, self._values, table, lengths, None, longest)
+        batch = Batch(self.ids, self.positions, self.starts, 1, kv=kv, totals=self.lengths, source=source)
         tokens, finite = sample(self.model.logits(self.model.decoder(batch)), self.how)
         self.tokens.copy_(torch.where(finite, tokens, -1))
         self.ids.copy_(tokens)
@@ -201,6 +209,8 @@ class _Graph:
                     p.top_p,
                     p.min_p,
                 )
+            if self.sources:
+                fill_source(fields[11], fields[12].reshape(self.rows, self.sources), row, item.row)
         self._write_pages(fields[10], work)
         self._state.copy_(self._host, non_blocking=True)
         self._copied.record()

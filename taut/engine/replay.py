@@ -162,10 +162,19 @@ def _size_of(batch: Batch) -> tuple[object, ...] | None:
     tokens = _up(batch.tokens, 16)
     rows = batch.rows + (tokens > batch.tokens)
     rows = 1 << (rows - 1).bit_length()
-    pages = None
+    pages = source = None
     if batch.kv is not None:
-        pages = id(batch.kv.keys), 1 << max(batch.kv.pages.shape[1] - 1, 15).bit_length(), batch.kv.fresh
-    return tokens, rows, pages, tuple(given)
+        pages = id(batch.kv.keys), _pages(batch.kv, 16), batch.kv.fresh
+    if batch.source is not None:
+        if not isinstance(batch.source, PagedKV):
+            return None
+        source = _pages(batch.source, 1)
+    return tokens, rows, pages, source, tuple(given)
+
+
+def _pages(kv: PagedKV, least: int) -> int:
+    """Pages a row of a graph for such a table, at least so many."""
+    return 1 << max(kv.pages.shape[1] - 1, least - 1).bit_length()
 
 
 class _Graph:
@@ -181,6 +190,8 @@ class _Graph:
                 fixed[field.name] = value.new_zeros(lengths[field.metadata["each"]], *value.shape[1:])
         if batch.kv is not None:
             fixed["kv"] = self._pages(batch.kv, key[2][1])
+        if batch.source is not None:
+            fixed["source"] = self._pages(batch.source, key[3])
         self.batch = replace(batch, **fixed)
         self._fill(batch)
         self._graph = torch.cuda.CUDAGraph()
@@ -199,7 +210,7 @@ class _Graph:
             kv,
             pages=new(self.rows, width),
             lengths=new(self.rows),
-            slots=kv.slots.new_full((self.tokens,), -1),
+            slots=None if kv.slots is None else kv.slots.new_full((self.tokens,), -1),
             longest=width * kv.page_size,
             first=None,
         )
@@ -220,11 +231,13 @@ class _Graph:
                 fixed[value.shape[0] :].fill_(self.tokens)
             elif field.metadata["each"] == "row":
                 fixed[value.shape[0] :].fill_(self.tokens - batch.tokens)
+        for kv, fixed in ((batch.kv, self.batch.kv), (batch.source, self.batch.source)):
+            if kv is not None:
+                fixed.pages[: batch.rows, : kv.pages.shape[1]].copy_(kv.pages)
+                fixed.lengths[: batch.rows].copy_(kv.lengths)
+                fixed.lengths[batch.rows :].fill_(0)
         if batch.kv is not None:
             kv, fixed = batch.kv, self.batch.kv
-            fixed.pages[: batch.rows, : kv.pages.shape[1]].copy_(kv.pages)
             fixed.slots[: batch.tokens].copy_(kv.slots)
             fixed.slots[batch.tokens :].fill_(-1)
-            fixed.lengths[: batch.rows].copy_(kv.lengths)
-            fixed.lengths[batch.rows :].fill_(0)
             fixed.lengths[batch.rows : batch.rows + 1].fill_(self.tokens - batch.tokens)

@@ -176,11 +176,13 @@ class Group(Protocol):
 @dataclass(eq=False)
 class Request(Row):
     """One sequence: its prompt, what it has produced and how far its keys are cached. Holds no tensors of
-    the model (only the `scores` and `logits` that the caller asked to keep).
+    the model (only the `scores` and `logits` that the caller asked to keep, and a source of states).
 
     | field | filled by | meaning |
     |---|---|---|
     | `prompt`, `params` | caller | token ids and how to continue them |
+    | `source` | caller | of an encoder-decoder: what the encoder reads, token ids or its hidden states \
+`[length, dim]` |
     | `logits_processors` | caller | called in order with (ids `[1, length]` int64, scores `[1, vocab]`), \
 give new scores |
     | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
@@ -197,6 +199,7 @@ None: shares none |
     | `finish_reason` | engine | None, "stop", "length", "stop_string", "time", "cancelled" or "error" |
     | `error` | engine | what failed, when `finish_reason` is "error" |
     | `status`, `computed`, `pages` | scheduler | state; tokens whose keys are cached; page numbers in order |
+    | `source_pages` | scheduler | those with the keys of the source, for all rows |
     | `found`, `indexed` | scheduler | tokens found in the cache when it last began; pages that others may \
 share, None: no more of them |
     """
@@ -211,6 +214,7 @@ share, None: no more of them |
     constraint: Constraint | None = None
     drafter: Drafter | None = None
     group: Group | None = None
+    source: tuple[int, ...] | Tensor | None = None
     scope: Hashable | None = ()
     id: int = -1
     submitted: float = 0.0
@@ -223,11 +227,14 @@ share, None: no more of them |
     status: Status = Status.WAITING
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    source_pages: list[int] = field(default_factory=list)
     found: int = 0
     indexed: int | None = 0
     branches: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if isinstance(self.source, list):
+            self.source = tuple(self.source)
         if self.group is not None:
             self.branches = self.group.rows(self)
 
@@ -244,6 +251,11 @@ share, None: no more of them |
     def width(self) -> int:
         """Rows that there can be."""
         return 1 if self.group is None else self.group.width
+
+    @property
+    def shares(self) -> bool:
+        """Whether its pages may be those of other requests too."""
+        return self.scope is not None and not isinstance(self.source, Tensor)
 
     @property
     def finished(self) -> bool:

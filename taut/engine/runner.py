@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from taut.batch import Batch, PagedKV
 from taut.config import Dynamic, ModelConfig
 from taut.engine.replay import Replays
-from taut.engine.request import Row
+from taut.engine.request import Request, Row
 from taut.engine.scheduler import Work
 
 
@@ -43,6 +43,7 @@ class Runner:
         if prepare := getattr(model, "prepare_inference", None):
             prepare()
         self.replays = Replays(model, model.decoder)
+        self.encoder = None if model.config.encoder is None else Replays(model, model.encoder)
         attentions = [layer.attn for layer in model.config.layers]
 
         def cache() -> tuple[Tensor, ...]:
@@ -61,11 +62,40 @@ class Runner:
     def __call__(self, work: list[Work]) -> Tensor | None:
         """Compute the work; logits `[n, vocab]` after the last token of all that is ready and after each of
         its drafts, None where nothing is ready."""
+        if not work:
+            return None
         batch, last = self._build(work)
         hidden = self.replays(batch)  # [tokens, dim]
         if last.shape[0] == 0:
             return None
         return self.model.logits(hidden if last.shape[0] == batch.tokens else hidden.index_select(0, last))
+
+    @torch.inference_mode()
+    def encode(self, requests: Sequence[Request]) -> None:
+        """Encode the sources of requests, and fill their pages with the keys made of them."""
+        if not requests:
+            return
+        ids = [request.source for request in requests if not isinstance(request.source, Tensor)]
+        made: Iterator[Tensor] = iter(())
+        if ids:
+            made = iter(self.encoder(Batch.of(ids, self.device)).split([len(row) for row in ids]))
+        hidden = torch.cat(
+            [
+                request.source.to(self.device, self.model.dtype)
+                if isinstance(request.source, Tensor)
+                else next(made)
+                for request in requests
+            ]
+        )
+        slots = np.concatenate(
+            [self._slots(request.source_pages, 0, len(request.source)) for request in requests]
+        )
+        self.model.store(hidden, self.keys, self.values, torch.from_numpy(slots).to(self.device))
+
+    def _slots(self, pages: Sequence[int], start: int, stop: int) -> np.ndarray:
+        """Where the keys of tokens [start, stop) of these pages lie."""
+        place = np.arange(start, stop)
+        return np.array(pages)[place // self.page_size] * self.page_size + place % self.page_size
 
     def batch(self, work: list[Work]) -> Batch:
         """The batch that the work makes."""
@@ -111,9 +141,13 @@ class Runner:
         asked = sum(row.asked for row in rows)
         # All integers of a batch share one buffer, 64-bit ones first: a single copy to the device.
         parts = [2 * tokens, 2 * tokens, 2 * asked, tokens, count + 1, count, count, count * width]
+        wide = max(len(row.row.request.source_pages) for row in rows)  # 0 without sources
+        parts += [count * (wide > 0), count * wide]
         host = self._host(sum(parts))
-        ids, slots, last, positions, starts, lengths, totals, table = (t.numpy() for t in _split(host, parts))
-        table = table.reshape(count, width)
+        ids, slots, last, positions, starts, lengths, totals, table, source_lengths, source_table = (
+            t.numpy() for t in _split(host, parts)
+        )
+        table, source_table = table.reshape(count, width), source_table.reshape(count, wide)
         at = sampled = widest = 0
         for index, part in enumerate(rows):
             row, start, stop, total, wanted, drafts = part
@@ -123,30 +157,33 @@ class Runner:
                 positions[at] = start
                 slots[at] = pages[start // size] * size + start % size
             else:
-                place = np.arange(start, stop)
                 ids[at : at + new] = part.tokens()
-                positions[at : at + new] = place
-                slots[at : at + new] = np.array(pages)[place // size] * size + place % size
+                positions[at : at + new] = np.arange(start, stop)
+                slots[at : at + new] = self._slots(pages, start, stop)
             starts[index], lengths[index], totals[index] = at, stop, total
             used = -(-stop // size)
             table[index, :used] = pages[:used]
             # Unused entries name a page of the row's own: no row ever reads another's numbers.
             table[index, used:] = pages[0]
+            if wide:
+                fill_source(source_lengths, source_table, index, row)
             at += new
             widest = max(widest, new)
             if wanted:
                 last[sampled : sampled + wanted] = np.arange(at - wanted, at)
                 sampled += wanted
         starts[count] = at
-        ids, slots, last, positions, starts, lengths, totals, table = _split(self._send(host), parts)
-        first = None
-        if count == 1:
-            pages = rows[0].row.pages[:width]
-            first = pages[0] if pages == list(range(pages[0], pages[0] + width)) else None
+        sent = _split(self._send(host), parts)
+        ids, slots, last, positions, starts, lengths, totals, table, source_lengths, source_table = sent
         fresh = all(row.start == 0 for row in rows)
-        table = table.view(count, width)
-        kv = PagedKV(self.keys, self.values, table, lengths, slots, longest, first, fresh)
-        return Batch(ids, positions, starts, widest, kv=kv, totals=totals), last
+        table, first = table.view(count, width), _in_order(rows[0].row.pages[:width]) if count == 1 else None
+        kv, source = PagedKV(self.keys, self.values, table, lengths, slots, longest, first, fresh), None
+        if wide:
+            first = _in_order(rows[0].row.request.source_pages) if count == 1 else None
+            longest = max(len(row.row.request.source) for row in rows)
+            table = source_table.view(count, wide)
+            source = PagedKV(self.keys, self.values, table, source_lengths, None, longest, first)
+        return Batch(ids, positions, starts, widest, kv=kv, totals=totals, source=source), last
 
     def _host(self, size: int) -> Tensor:
         """A buffer for `size` 32-bit integers, pinned where the model is on a CUDA device."""
@@ -163,6 +200,19 @@ class Runner:
         sent = host.to(self.device, non_blocking=True)
         self._copied.record(torch.cuda.current_stream(self.device))
         return sent
+
+
+def fill_source(lengths: np.ndarray, table: np.ndarray, index: int, row: Row) -> None:
+    """Write where the source of a batch's row `index` lies."""
+    pages = row.request.source_pages
+    lengths[index] = len(row.request.source)
+    table[index, : len(pages)] = pages
+    table[index, len(pages) :] = pages[0]
+
+
+def _in_order(pages: list[int]) -> int | None:
+    """The first of pages that lie one after the other; None for others."""
+    return pages[0] if pages == list(range(pages[0], pages[0] + len(pages))) else None
 
 
 def turns_by_length(config: ModelConfig) -> bool:

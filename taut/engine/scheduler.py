@@ -46,6 +46,10 @@ class Scheduler:
     which others hold first gets a copy of its own (`copies`, page -> the page it is a copy of, to be made
     before the batch runs).
 
+    The source of a request, which an encoder reads, is encoded as a whole before the first batch with one of
+    its rows (`sources`, in order), as many of them a step as fit into `chunk` and at least one; the keys made
+    of it lie in pages that all its rows read and none writes, nor those of a request of the same source.
+
     `context` is the longest sequence the model takes. `recompute_at` is a length past which all cached keys
     of a row turn by other angles (longrope): the row is then computed again, once. `share`: whether equal
     tokens have equal keys at all.
@@ -69,6 +73,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.copies: dict[int, int] = {}
+        self.sources: list[Request] = []
         self._entered: list[int] = []  # pages that others may share once the batch under way has run,
         self._begun: list[Row] = []  # and rows that begin in it
 
@@ -103,11 +108,12 @@ class Scheduler:
                 f"{self.max_rows}; ask for fewer, or make an engine with max_rows={request.width}"
             )
         needed = pages_needed(request, self.pages.size, self.share)
-        if needed > self.pages.count and request.width > 1:
+        beside = "" if request.source is None else f" and a source of {len(request.source)}"
+        if needed > self.pages.count and (request.width > 1 or request.source is not None):
             raise RequestError(
-                f"{request.width} rows (num_beams, guidance) of up to {prompt + new} tokens need {needed} "
-                f"pages of {self.pages.size} tokens, but the cache has {self.pages.count}; ask for fewer "
-                f"beams or tokens, or make an engine with num_pages={needed} or more"
+                f"{request.width} rows (num_beams, guidance) of up to {prompt + new} tokens{beside} need "
+                f"{needed} pages of {self.pages.size} tokens, but the cache has {self.pages.count}; ask for "
+                f"fewer beams or tokens, or make an engine with num_pages={needed} or more"
             )
         if needed > self.pages.count:
             raise RequestError(
@@ -140,7 +146,7 @@ class Scheduler:
         """The next batch, with pages for all its tokens; empty only where there is nothing to do. `drafts`
         of rows that decode go in as far as there is room for them without preemption."""
         plan: dict[Row, int] = {}
-        self._entered, self._begun = [], []
+        self._entered, self._begun, self.sources = [], [], []
         prefills = []
         for request in self.running.copy():
             if _decodes(request):
@@ -155,14 +161,14 @@ class Scheduler:
                 left -= len(guesses[row])
         for request in prefills:
             if left and request.status is Status.RUNNING:
-                left -= self._prefill(request, left, plan)
+                left = max(left - self._prefill(request, left, plan), 0)
         for row, count in plan.items():
             self._enter(row, row.computed + count)
-        while left and self._admissible():
+        while left and self._admissible(left):
             request = self.waiting.popleft()
             request.status = Status.RUNNING
             self.running.append(request)
-            left -= self._prefill(request, left, plan)
+            left = max(left - self._prefill(request, left, plan), 0)
         return [Work(row, row.computed, n, n == row.pending, guesses.get(row, ())) for row, n in plan.items()]
 
     def ahead(self, under_way: list[Work]) -> list[Work] | None:
@@ -170,7 +176,7 @@ class Scheduler:
         None where the next step may have to be another: a row ends or is computed anew, a request that waits
         could begin, or there is no free page."""
         rows = [work.row for work in under_way]
-        if len(rows) != len(self.running) or self._admissible():
+        if len(rows) != len(self.running) or self._admissible(self.chunk):
             return None
         for row in rows:
             length = row.length + 1  # once the token under way has come
@@ -187,8 +193,13 @@ class Scheduler:
 
     def abandon(self) -> None:
         """The batch last scheduled has failed: no page that it was to fill may be shared, and rows that began
-        in it, which may share such pages, begin again."""
+        in it, which may share such pages, begin again, as do those that read the pages of its sources."""
         self.pages.forget(self._entered)
+        lost = {page for request in self.sources for page in request.source_pages}
+        for request in self.running:
+            if not lost.isdisjoint(request.source_pages):
+                self._vacate(request)
+        self.sources = []
         for row in self._begun:
             if row.request.status is Status.RUNNING:
                 self._leave(row)
@@ -224,7 +235,7 @@ class Scheduler:
             self.pages.forget(row.pages)
             row.indexed = None
             alone += [page for page in row.pages if self.pages.holders(page) == 1]
-        return alone
+        return alone + [page for page in request.source_pages if self.pages.holders(page) == 1]
 
     # -- the parts of a step -----------------------------------------------------------------------------
 
@@ -236,14 +247,19 @@ class Scheduler:
             plan[row] = 1
 
     def _prefill(self, request: Request, left: int, plan: dict[Row, int]) -> int:
-        """As many tokens of a request's rows as are `left`, one row after the other, so that each begins with
-        what those before it have computed. Gives how many there are.
+        """The source of a request, if it is still to be encoded, and as many tokens of its rows as are then
+        `left`, one row after the other, so that each begins with what those before it have computed. Gives
+        how many tokens there are.
 
         The last tokens of several rows wait for one another: they are a decode step.
         """
+        encoded = self._encode(request, left, plan)
+        if encoded is None:
+            return 0
+        left = max(left - encoded, 1)
         if _decodes(request):
             self._decode(request, plan)
-            return len(request.rows)
+            return encoded + len(request.rows)
         hold, used, entered = len(request.rows) > 1, 0, len(self._entered)
         for row in request.rows:
             if not row.pages:
@@ -259,7 +275,31 @@ class Scheduler:
                 used += count
             if count < wanted:
                 break
-        return used
+        return encoded + used
+
+    def _encode(self, request: Request, left: int, plan: dict[Row, int]) -> int | None:
+        """Pages for the source of a request, to be filled before the batch runs. Gives its tokens, 0 if there
+        is nothing to encode, and None where that has to wait."""
+        if not _lacks_source(request):
+            return 0
+        same = self._same_source(request)
+        if same is not None:
+            request.source_pages = self.pages.share(same.source_pages)
+            return 0
+        length = len(request.source)
+        if (self.sources and length > left) or not self._free(self.pages.needed(length), request, plan):
+            return None
+        self.pages.extend(request.source_pages, self.pages.needed(length))
+        self.sources.append(request)
+        return length
+
+    def _same_source(self, request: Request) -> Request | None:
+        """A request whose source's pages this one can read too."""
+        if not (self.share and request.shares):
+            return None
+        asked = request.scope, request.source
+        held = (other for other in self.running if other.source_pages and other.shares)
+        return next((other for other in held if (other.scope, other.source) == asked), None)
 
     def _begin(self, row: Row) -> None:
         """A row starts, with the pages that there are of it."""
@@ -278,6 +318,7 @@ class Scheduler:
     def _vacate(self, request: Request) -> None:
         for row in request.rows:
             self._leave(row)
+        self.pages.release(request.source_pages)
 
     def _reserve(self, row: Row, count: int, plan: dict[Row, int]) -> bool:
         """Pages of its own for a row's next `count` tokens, if need be those of the newest request; False if
@@ -287,20 +328,28 @@ class Scheduler:
         at = row.computed // self.pages.size
         shared = at < len(row.pages) and self.pages.holders(row.pages[at]) > 1
         need = self.pages.needed(row.computed + count) - len(row.pages)
-        while max(need, 0) + shared > self.pages.free:
-            newest = self.running.pop()
-            for other in newest.rows:
-                plan.pop(other, None)
-            self._vacate(newest)
-            newest.status = Status.WAITING
-            self.waiting.appendleft(newest)
-            if newest is row.request:
-                return False
+        if not self._free(max(need, 0) + shared, row.request, plan):
+            return False
         if shared:
             own, common = self.pages.exchange(row.pages, at)
             self.copies[own] = common
         if need > 0:
             self.pages.extend(row.pages, need)
+        return True
+
+    def _free(self, count: int, request: Request, plan: dict[Row, int]) -> bool:
+        """Have so many pages free for a request, if need be those of the newest; False if that is itself."""
+        while count > self.pages.free:
+            newest = self.running.pop()
+            for row in newest.rows:
+                plan.pop(row, None)
+            if newest in self.sources:
+                self.sources.remove(newest)
+            self._vacate(newest)
+            newest.status = Status.WAITING
+            self.waiting.appendleft(newest)
+            if newest is request:
+                return False
         return True
 
     def _fitting(self, row: Row, guess: Sequence[int], left: int) -> tuple[int, ...]:
@@ -316,15 +365,18 @@ class Scheduler:
             self.pages.extend(row.pages, need)
         return guess
 
-    def _admissible(self) -> bool:
-        """Whether the first in the queue can start: beside other rows only if all of it would fit now, and an
-        eighth of what all may still generate. So no row is preempted before its first token, and few are at
-        all: some always end before the others have grown."""
+    def _admissible(self, left: int) -> bool:
+        """Whether the first in the queue can start, with so many tokens `left` in this step: beside other
+        rows only if all of it would fit now, and an eighth of what all may still generate. So no row is
+        preempted before its first token, and few are at all: some always end before the others have grown."""
         if not self.waiting:
             return False
         if not self.running:
             return True
         request, needed = self.waiting[0], self.pages.needed
+        encodes = _lacks_source(request) and self._same_source(request) is None
+        if encodes and self.sources and len(request.source) > left:
+            return False
         if sum(r.width for r in self.running) + request.width > self.max_rows:
             return False
         promised = 0
@@ -332,9 +384,11 @@ class Scheduler:
             ahead = (other.params.max_new_tokens - len(other.output)) // 8
             for row in other.rows:
                 promised += max(needed(row.length + ahead) - len(row.pages), 0)
+            promised += needed(len(other.source)) if _lacks_source(other) else 0
         room = self.pages.free - promised
         ahead = 1 + (request.params.max_new_tokens - len(request.output)) // 8
         need = sum(needed(row.length + ahead) for row in request.rows)
+        need += needed(len(request.source)) if encodes else 0
         if room >= need:
             return True
         known = self._known(request.rows[0])
@@ -343,12 +397,14 @@ class Scheduler:
     # -- shared prefixes ---------------------------------------------------------------------------------
 
     def _scope(self, row: Row) -> Hashable:
-        """What a row's prefixes are shared in: keys differ on both sides of `recompute_at`."""
-        return row.request.scope, self.recompute_at is not None and row.length > self.recompute_at
+        """What a row's prefixes are shared in: keys differ by the source, and on both sides of
+        `recompute_at`."""
+        beyond = self.recompute_at is not None and row.length > self.recompute_at
+        return row.request.scope, row.request.source, beyond
 
     def _known(self, row: Row) -> list[int]:
         """Pages that hold the beginning of a row, but for its last token."""
-        if not self.share or row.request.scope is None:
+        if not (self.share and row.request.shares):
             return []
         size = self.pages.size
         ends = range(size, row.length, size)
@@ -357,7 +413,7 @@ class Scheduler:
     def _enter(self, row: Row, stop: int) -> None:
         """Let others share a row's pages that are full with the keys of its first `stop` tokens, until one of
         them stands in another page too."""
-        if not self.share or row.request.scope is None or row.indexed is None:
+        if not (self.share and row.request.shares) or row.indexed is None:
             return
         size, pages = self.pages.size, row.pages
         for at in range(row.indexed, stop // size):
@@ -372,9 +428,16 @@ class Scheduler:
 
 def _decodes(request: Request) -> bool:
     """Whether every row of a request lacks but its last token."""
+    if _lacks_source(request):
+        return False
     if not request.branches:
         return request.pending == 1
     return all(row.pending == 1 for row in request.branches)
+
+
+def _lacks_source(request: Request) -> bool:
+    """Whether a request has a source, and its keys are not cached."""
+    return request.source is not None and not request.source_pages
 
 
 def pages_needed(request: Request, size: int, share: bool = True) -> int:
@@ -382,7 +445,8 @@ def pages_needed(request: Request, size: int, share: bool = True) -> int:
     together."""
     new = request.params.max_new_tokens - 1  # nothing attends to the last token
     rows = [-(-(len(row.prompt) + new) // size) for row in request.rows]
+    source = 0 if request.source is None else -(-len(request.source) // size)
     if len(rows) == request.width:
-        return sum(rows)
-    common = len(request.prompt) // size if share and request.scope is not None else 0
-    return common + request.width * (rows[0] - common)
+        return source + sum(rows)
+    common = len(request.prompt) // size if share and request.shares else 0
+    return source + common + request.width * (rows[0] - common)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from taut.batch import PagedKV
 from taut.config import ModelConfig
 from taut.errors import ConfigError
 from taut.layers.block import Decoder
@@ -30,10 +29,11 @@ class EncoderDecoder(nn.Module):
         if config.pairing.shared:
             self.decoder.embed_tokens = self.encoder.embed_tokens
 
-    def store(self, hidden: Tensor, cache: PagedKV) -> None:
-        """Write the keys and values that the decoder's layers make of an encoder's states `[tokens, dim]` to
-        their slots in the cache."""
-        for layer in self.decoder.layers:
-            attn = layer.encoder_attn
-            for made, place in zip(attn.keys(hidden), (cache.keys, cache.values), strict=True):
-                place[attn.index].flatten(0, 1).index_copy_(0, cache.slots, made)
+    def store(
+        self, hidden: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], slots: Tensor
+    ) -> None:
+        """Write the keys and values that the decoder's layers make of an encoder's states `[tokens, dim]`
+        into a cache, one `[pages, page_size, kv_heads, head_dim]` a layer, at `slots` `[tokens]`."""
+        for attn in (layer.encoder_attn for layer in self.decoder.layers):
+            for made, cache in zip(attn.keys(hidden), (keys, values), strict=True):
+                cache[attn.index].flatten(0, 1).index_copy_(0, slots, made)

@@ -14,6 +14,7 @@ from taut.batch import Padding, Source, pack
 from taut.checkpoint import LazyTensor
 from taut.config import ModelConfig
 from taut.engine.dynamic_cache import DynamicCache
+from taut.engine.sources import encoder_states
 from taut.errors import RequestError
 from taut.layers.block import Decoder
 from taut.layers.encoder import Encoder
@@ -69,6 +70,10 @@ class Seq2SeqModel(PreTrainedModel):
     def decoder(self) -> Decoder:
         """`decoder(batch) -> hidden [tokens, dim]`, of a batch with a source."""
         return self.model.decoder
+
+    def store(self, *states: Any) -> None:
+        """Cache what the decoder attends to; see `EncoderDecoder.store`."""
+        self.model.store(*states)
 
     def get_encoder(self) -> Encoder:
         return self.encoder
@@ -341,22 +346,6 @@ class EncoderModel(Seq2SeqModel):
         found = self._encode(input_ids, attention_mask, inputs_embeds, wanted)
         output = ModelOutput(last_hidden_state=found.padding.unpack(found.hidden), **found.extras())
         return output.to_tuple() if return_dict is False else output
-
-
-def encoder_states(encoder_outputs: Any, dim: int) -> Tensor:
-    """The hidden states `[rows, width, dim]` in what an encoder gave: an output, a tuple or they alone."""
-    states = encoder_outputs
-    if not isinstance(states, Tensor):
-        states = getattr(encoder_outputs, "last_hidden_state", None)
-        if states is None and isinstance(encoder_outputs, list | tuple) and encoder_outputs:
-            states = encoder_outputs[0]
-    if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[-1] != dim:
-        shape = list(states.shape) if isinstance(states, Tensor) else type(encoder_outputs).__name__
-        raise RequestError(
-            f"encoder_outputs is {shape}; expected what the encoder gives, its last_hidden_state "
-            f"[rows, width, {dim}] first"
-        )
-    return states
 
 
 def needed(labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ def check_pages(s: Scheduler) -> None:
     pool, tree = s.pages, s.pages.prefixes
     rows = [row for r in s.running for row in r.rows]
     held = Counter(page for row in rows for page in row.pages)
+    held.update(page for r in s.running for page in r.source_pages)
     assert pool._holders == [held[page] for page in range(pool.count)]
     assert pool._unused == sorted(pool._unused)
     assert sorted((*held, *pool._unused, *pool._idle)) == list(range(pool.count))
@@ -31,6 +32,8 @@ def check_pages(s: Scheduler) -> None:
             own = Counter(page for other in r.rows for page in other.pages)
             for page in row.pages[row.computed // pool.size :]:  # where the row writes next
                 assert held[page] == own[page]  # branches of one request get their own when they do
+        if r.source_pages:
+            assert len(r.source_pages) == pool.needed(len(r.source))
     for r in s.waiting:
-        assert r.status is Status.WAITING
+        assert r.status is Status.WAITING and r.source_pages == []
         assert all(row.pages == [] and row.computed == 0 for row in r.rows)

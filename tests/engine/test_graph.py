@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taut import AutoModelForCausalLM
+from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from taut.engine.draft_model import Assistant, DraftModel
 from taut.engine.engine import Engine
 from taut.engine.lookup import Lookup
 from taut.engine.request import Request, SamplingParams
+from tests import seq2seq
 from tests.engine.guesses import Always
 from tests.families import CASES, VOCAB, checkpoint
 
@@ -62,6 +63,24 @@ def test_tokens_are_those_of_steps_without_a_graph(name):
             assert outputs(graphs, requests(eos)) == outputs(again, requests(eos))
             assert graphs.pages.free == graphs.pages.count
             assert graphs.graphs._graphs
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "marian-two-tables"])
+def test_tokens_of_encoder_decoders_are_those_of_steps_without_a_graph(name):
+    case = next(case for case in seq2seq.CASES if case.name == name)
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint(case, "AutoModelForSeq2SeqLM"), device="cuda")
+
+    def asked() -> list[Request]:
+        made = requests()
+        for request, length in zip(made, (30, 3, 17, 1, 40), strict=True):
+            request.prompt, request.source = request.prompt[:1], tuple(3 + n % 90 for n in range(length))
+        return made
+
+    for options in ({}, {"max_rows": 2}, {"page_size": 4}):
+        eager, graphs = (Engine(model, cache_tokens=512, **options) for _ in range(2))
+        eager.graphs = None
+        assert outputs(graphs, asked()) == outputs(eager, asked())
+        assert graphs.pages.free == graphs.pages.count and graphs.graphs._graphs
 
 
 def test_a_replay_equals_the_same_step_without_one_bit_for_bit():
