@@ -36,6 +36,8 @@ _HOMES = {
     "TextIteratorStreamer": "taut.engine.streamers",
     "TextStreamer": "taut.engine.streamers",
     "attention_kernel": "taut.kernels.attention",
+    "reverse_bettertransformer": "taut.integrations.transformers",
+    "to_bettertransformer": "taut.integrations.transformers",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from taut.engine.streamers import TextIteratorStreamer as TextIteratorStreamer
     from taut.engine.streamers import TextStreamer as TextStreamer
     from taut.errors import TautError as TautError
+    from taut.integrations.transformers import reverse_bettertransformer as reverse_bettertransformer
+    from taut.integrations.transformers import to_bettertransformer as to_bettertransformer
     from taut.kernels.attention import attention_kernel as attention_kernel
     from taut.modeling import CausalLM as CausalLM
     from taut.processor import AutoFeatureExtractor as AutoFeatureExtractor

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 
 import taut
+from taut.errors import RequestError
 from taut.layers.linear import Linear
 from tests import encoders, families
-from tests.families import Case, checkpoint
+from tests.families import Case, checkpoint, oracle
 from tests.test_families import close
 
 IDS = torch.tensor([[7, 30, 4, 9, 88], [12, 5, 0, 0, 0], [3, 0, 41, 0, 0]])
@@ -96,3 +100,85 @@ def test_training_goes_on_across_conversions():
     models[0].requires_grad_(False).reverse_bettertransformer()
     assert not any(p.requires_grad for p in models[0].parameters())
     assert models[1].reverse_bettertransformer().generate(IDS[:1], max_new_tokens=4).shape == (1, 9)
+
+
+@every_model
+def test_a_model_of_transformers_lends_its_weights_and_gets_them_back(case, head, tmp_path):
+    theirs = oracle(case, auto=head)
+    want, real = theirs(**GIVEN).logits, MASK.bool()
+    objects, size = dict(theirs.named_parameters()), sum(p.nbytes for p in theirs.parameters())
+    ours = taut.to_bettertransformer(theirs)
+    close(ours(**GIVEN).logits[real], want[real])
+    assert torch.equal(theirs(**GIVEN).logits, want) or case.family == "GptOss"
+    assert ours.architecture() == type(theirs).__name__ and not ours.training
+
+    # Shared, but for what Taut holds in another order: q, k and v head by head, gate and up in turns.
+    blocks = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in (*ours.parameters(), *theirs.parameters())
+    }
+    shared = case.family not in ("Bloom", "CodeGen", "GPTNeoX", "GptOss")
+    assert (sum(blocks.values()) <= size * 1.01) == shared
+    with torch.no_grad():
+        for param in ours.parameters():
+            param.mul_(1.1)
+    if shared:
+        close(theirs(**GIVEN).logits[real], ours(**GIVEN).logits[real])
+    assert taut.reverse_bettertransformer(ours.reverse_bettertransformer()) is theirs
+    close(theirs(**GIVEN).logits[real], ours(**GIVEN).logits[real])
+    assert all(p is objects[name] for name, p in theirs.named_parameters())
+    theirs.save_pretrained(tmp_path)
+    again = getattr(taut, head).from_pretrained(tmp_path)
+    close(again(**GIVEN).logits, ours(**GIVEN).logits)
+
+
+@pytest.mark.parametrize(
+    ("case", "head"), [MODELS[-1], (encoders.CASES[0], "AutoModelForTokenClassification")], ids=str
+)
+def test_a_model_of_taut_alone_becomes_one_of_transformers(case, head):
+    ours = load(case, head, dtype=torch.float64)
+    theirs = taut.reverse_bettertransformer(ours)
+    assert type(theirs).__name__ == ours.architecture() and theirs.dtype is torch.float64
+    close(theirs(**GIVEN).logits[MASK.bool()], ours(**GIVEN).logits[MASK.bool()])
+    assert taut.reverse_bettertransformer(theirs) is theirs and taut.to_bettertransformer(ours) is ours
+
+
+def test_heads_poolers_and_what_was_trained_since_come_back():
+    case = encoders.CASES[0]
+    theirs = transformers.BertModel.from_pretrained(
+        checkpoint(case, "AutoModelForMaskedLM"), add_pooling_layer=False
+    )
+    ours = taut.to_bettertransformer(theirs.train())
+    assert ours.training and ours(**GIVEN).pooler_output is None and theirs(**GIVEN).pooler_output is None
+    theirs.eval()
+    ours.eval().double()  # the memory is no longer one
+    with torch.no_grad():
+        for param in ours.parameters():
+            param.mul_(1.1)
+    taut.reverse_bettertransformer(ours)
+    got, want = theirs(**GIVEN).last_hidden_state, ours(**GIVEN).last_hidden_state
+    assert got.dtype is torch.float32
+    close(got[MASK.bool()], want[MASK.bool()].float())
+
+
+def test_what_the_bridge_can_not_take_is_named():
+    case = encoders.CASES[0]
+    with pytest.raises(RequestError, match="a Linear is given; expected a model of Taut or of transformers"):
+        taut.to_bettertransformer(torch.nn.Linear(2, 2))
+    config = transformers.BertConfig(**case.base)
+    with pytest.raises(
+        RequestError, match="no BertForNextSentencePrediction; of its family it has: BertForMaskedLM, "
+    ):
+        taut.to_bettertransformer(transformers.BertForNextSentencePrediction(config))
+    with torch.device("meta"):
+        empty = transformers.BertModel(config)
+    with pytest.raises(RequestError, match="this BertModel lies on meta; move it to one device"):
+        taut.to_bettertransformer(empty)
+    packed = load(case, "AutoModelForMaskedLM", load_in_8bit=True)
+    with pytest.raises(RequestError, match="this BertForMaskedLM is quantized; save it"):
+        taut.reverse_bettertransformer(packed)
+
+
+def test_taut_imports_transformers_only_to_make_one_of_its_models():
+    program = "import sys, taut; taut.to_bettertransformer; assert 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -69,6 +69,8 @@ class PreTrainedModel(nn.Module):
     computed: tuple[str, ...] = ()
     whole = True
 
+    origin: Any = None  # what a bridge made it of, and shares its weights with
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config

@@ -1,7 +1,7 @@
 """The families: `models/<model_type>.py`, with underscores for hyphens, is the whole registry, each with its
 `ARCHITECTURE` (transformers' class with the head it was trained with), a `read` and `RULES`, or, where the
-files' layout depends on the config, `rules(config)`; and `MODULES`, the same for transformers' modules, where
-these have other names than its files."""
+files' layout depends on the config, `rules(config)`; and `MODULES`, or `modules(config)`, the same for
+transformers' modules, where these have other names than its files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 def module_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """How the names of transformers' modules map onto Taut's."""
-    found = getattr(family(config.model_type), "MODULES", None)
+    module = family(config.model_type)
+    found = module.modules(config) if hasattr(module, "modules") else getattr(module, "MODULES", None)
     return rules(config) if found is None else (*found, *_HEADS.get(config.kind, ()))
 
 

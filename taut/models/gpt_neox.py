@@ -15,12 +15,15 @@ IGNORED = ("*.attention.bias", "embed_out.weight")  # a mask, and a head that is
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    return (*modules(config), Rename("embed_out", "lm_head"))
+
+
+def modules(config: ModelConfig) -> tuple[Rule, ...]:
     """q, k and v lie head by head."""
     layer = "gpt_neox.layers.{}"
     return (
         Rename("gpt_neox.embed_in", "model.embed_tokens"),
         Rename("gpt_neox.final_layer_norm", "model.norm"),
-        Rename("embed_out", "lm_head"),
         Rename(layer, "model.layers.{}"),
         *renames(
             layer,
