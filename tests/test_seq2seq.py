@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import taut
 from taut import AutoModelForSeq2SeqLM, weights
@@ -265,3 +267,156 @@ def test_bad_requests_are_named():
         model(ids)
     with pytest.raises(ConfigError, match="a family of encoder-decoders, which AutoModelForCausalLM"):
         load(case, auto="AutoModelForCausalLM")
+
+
+# -- what is particular ---------------------------------------------------------------------------------
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+@every_device
+@pytest.mark.parametrize("name", ["t5", "t5-gated-silu"])
+def test_t5_in_float16_holds_what_float16_cannot(name, device, tmp_path):
+    """Sums between blocks and products of the MLP beyond 65504, as T5 1.1 and Flan have them."""
+    tensors = load_file(checkpoint(named(name), AUTO) / "model.safetensors")
+    for key, tensor in tensors.items():
+        if key.endswith("wo.weight"):
+            tensors[key] = tensor * 80000
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoint(named(name), AUTO) / "config.json").read_bytes())
+    exact = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
+    half = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float16, device=device)
+    sources, targets = prompts()
+    for source, target in zip(sources[::2], targets[::2], strict=True):
+        want = alone(exact, source, target, output_hidden_states=True)
+        got = alone(half, source, target, device, output_hidden_states=True)
+        assert max(state.abs().max() for state in want.encoder_hidden_states) > 65504
+        assert got.encoder_last_hidden_state.dtype is torch.float16
+        for field in ("encoder_hidden_states", "decoder_hidden_states"):
+            for ours, theirs in zip(got[field], want[field], strict=True):
+                close(ours.float().cpu(), theirs, 2e-2)
+        close(got.logits.cpu(), want.logits, 2e-2)
+        tokens = half.generate(torch.tensor([source], device=device), max_new_tokens=4, **PLAIN)
+        assert tokens.tolist() == exact.generate(torch.tensor([source]), max_new_tokens=4, **PLAIN).tolist()
+
+
+@pytest.mark.parametrize("name", ["t5", "bart-uneven-scaled", "marian-two-tables"])
+def test_both_stacks_without_a_head(name, tmp_path):
+    case, given = named(name), grids("right")
+    transformers.AutoModel.from_pretrained(checkpoint(case, AUTO)).save_pretrained(tmp_path / "theirs")
+    for path in (checkpoint(case, AUTO), tmp_path / "theirs"):
+        model = taut.AutoModel.from_pretrained(path, dtype=torch.float32)
+        with torch.no_grad():
+            got, want = model(**given), load(case)(**given, output_hidden_states=True)
+        assert torch.equal(got.last_hidden_state, want.decoder_hidden_states[-1])
+        assert torch.equal(got.encoder_last_hidden_state, want.encoder_last_hidden_state)
+    model.save_pretrained(tmp_path / "ours")
+    theirs, info = transformers.AutoModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(theirs).__name__ == model.architecture() == f"{case.family}Model"
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_the_encoder_alone(name, tmp_path):
+    case, given = named(name), padded(prompts()[0], "left", "cpu")
+    kind = getattr(taut, f"{case.family}EncoderModel")
+    transformers.AutoModelForTextEncoding.from_pretrained(checkpoint(case, AUTO)).save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = load(case)(**given, decoder_input_ids=given["input_ids"]).encoder_last_hidden_state
+        for path in (checkpoint(case, AUTO), tmp_path):
+            model = kind.from_pretrained(path, dtype=torch.float32)
+            assert torch.equal(model(**given).last_hidden_state, want)
+    model.save_pretrained(tmp_path / "ours")
+    theirs, info = transformers.AutoModelForTextEncoding.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(theirs).__name__ == model.architecture() == kind.__name__
+
+
+@pytest.mark.parametrize("name", ["t5-gated-unscaled", "mt5", "bart", "marian-two-tables"])
+def test_a_head_in_the_file_is_the_models_though_the_config_ties_it(name, tmp_path):
+    """As in T5 1.1, Flan and mT5; and tables under other names, as files have them that dropped copies."""
+    path, source, target = checkpoint(named(name), AUTO), *limited(rows(11, 7))
+    config = (path / "config.json").read_bytes()
+    tensors = load_file(path / "model.safetensors")
+    table = next(key for key in ("shared.weight", "model.shared.weight") if key in tensors or "two" in name)
+    table = "model.decoder.embed_tokens.weight" if "two" in name else table
+    head = torch.randn(tensors[table].shape, generator=torch.Generator().manual_seed(0)) * 0.2
+    copies = {"lm_head.weight": tensors[table].clone()}
+    if "two" not in name:
+        alias = table.replace("shared", "encoder.embed_tokens")
+        copies |= {alias: tensors[table].clone(), alias.replace("encoder", "decoder"): tensors[table].clone()}
+    renamed = {("lm_head.weight" if key == table else key): value for key, value in tensors.items()}
+    for at, changed in enumerate(({**tensors, "lm_head.weight": head}, {**tensors, **copies}, renamed)):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_bytes(config)
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32)
+        assert model.config.tied == (at > 0)
+        theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
+        want = alone(theirs, source, target).logits
+        close(alone(model, source, target).logits, want)
+        model.save_pretrained(folder / "saved")
+        theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder / "saved")
+        close(alone(theirs, source, target).logits, want)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart-uneven-scaled", "mbart", "pegasus-scaled", "marian-scaled"])
+def test_embeddings_in_place_of_tokens(name):
+    case, (source, target) = named(name), limited(rows(11, 7))
+    model, theirs = load(case), reference(case)
+    table = model.get_input_embeddings().weight.detach()
+    given = {"inputs_embeds": table[source][None], "decoder_inputs_embeds": table[target][None]}
+    with torch.no_grad():
+        close(model(**given).logits, theirs(**given).logits)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "mbart", "marian"])
+def test_what_the_decoder_reads_for_labels(name):
+    case = named(name)
+    model, theirs = load(case), reference(case)
+    labels = torch.tensor([[5, 6, 7, -100], [8, -100, -100, -100], [5, 4, 3, 2]])
+    want = theirs.prepare_decoder_input_ids_from_labels(labels).tolist()
+    assert model.prepare_decoder_input_ids_from_labels(labels).tolist() == want
+    ids = torch.tensor([[5, 6, 7, 9]])
+    if "bart" in name:  # denoising: without anything else it reads what the encoder reads
+        with torch.no_grad():
+            close(model(ids).logits, theirs(ids).logits)
+
+
+@every_case
+def test_past_key_values_continue_a_row(case):
+    model, given = load(case), grids("right")
+    ids, mask = given["decoder_input_ids"], given["decoder_attention_mask"]
+    first = {**given, "decoder_input_ids": ids[:, :9], "decoder_attention_mask": mask[:, :9]}
+    with torch.no_grad():
+        want = model(**given)
+        begun = model(**first, use_cache=True)
+        states = (begun.encoder_last_hidden_state,)
+        rest = {"attention_mask": given["attention_mask"], "encoder_outputs": states}
+        for columns in (slice(9, 12), slice(12, None)):
+            step = {"decoder_input_ids": ids[:, columns], "decoder_attention_mask": mask[:, columns]}
+            got = model(**rest, **step, past_key_values=begun.past_key_values)
+            close(got.logits, want.logits[:, columns])
+
+
+def test_options_of_generation_that_older_configs_hold(tmp_path):
+    path = checkpoint(named("bart"), AUTO)
+    config = json.loads((path / "config.json").read_text())
+    older = {"num_beams": 4, "min_length": 5, "length_penalty": 2.0, "forced_bos_token_id": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config | older | {"normalize_before": False}))
+    (tmp_path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert model.config.unused == ()
+    assert {name: getattr(model.generation_config, name) for name in older} == older
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    ids, mask = torch.tensor([[5, 6, 7, 9]]), torch.ones(1, 4)
+    want = theirs.generate(ids, attention_mask=mask, max_new_tokens=8)
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=8).tolist() == want.tolist()
+    model.save_pretrained(tmp_path / "saved")  # from now on generation_config.json has them
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved")
+    assert again.generation_config.num_beams == 4

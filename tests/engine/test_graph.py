@@ -73,7 +73,7 @@ def test_tokens_of_encoder_decoders_are_those_of_steps_without_a_graph(name):
     def asked() -> list[Request]:
         made = requests()
         for request, length in zip(made, (30, 3, 17, 1, 40), strict=True):
-            request.prompt, request.source = request.prompt[:1], tuple(3 + n % 90 for n in range(length))
+            request.prompt, request.source = [4], tuple(3 + n % 90 for n in range(length))
         return made
 
     for options in ({}, {"max_rows": 2}, {"page_size": 4}):
