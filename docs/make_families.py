@@ -7,7 +7,7 @@ from pathlib import Path
 
 from taut.auto import class_names
 from taut.checkpoint.gguf_model import model_types
-from taut.config import Attn, Mlp, ModelConfig, Moe, Norm, Rope
+from taut.config import Attn, LayerScale, Mlp, ModelConfig, Moe, Norm, Rope
 from taut.models import families, family, kind, read_config
 
 FILE = Path(__file__).with_name("families.md")
@@ -53,6 +53,8 @@ def mechanisms(config: ModelConfig) -> Iterator[str]:
     yield from _positions(config, attns)
     yield from _attention(attns)
     yield from _feed_forward([layer.mlp for layer in layers])
+    if isinstance(first.post_attn, LayerScale):
+        yield "learned factors behind each half"
     if config.weights_of is not None:
         yield "layers with shared weights"
     scales = (config.embed_scale, config.input_scale, config.logit_scale, first.scale)
@@ -70,7 +72,7 @@ def _norms(config: ModelConfig) -> Iterator[str]:
     kinds = {"rms": "RMSNorm", "layer": "LayerNorm"}
     places = {
         "before": layer.pre_attn,
-        "behind": layer.post_attn or layer.post_mlp,
+        "behind": next((n for n in (layer.post_attn, layer.post_mlp) if isinstance(n, Norm)), None),
         "after the sum": layer.after_attn,
     }
     where = " and ".join(place for place, norm in places.items() if norm is not None)
@@ -109,6 +111,8 @@ def _attention(attns: list[Attn]) -> Iterator[str]:
         yield "soft-cap on scores"
     if attn.sinks:
         yield "sinks"
+    if attn.grid is not None:
+        yield "a bias of the distance between patches"
     if attn.clip is not None:
         yield "clipped projections"
 

@@ -16,12 +16,14 @@ _HOMES = {
     "AutoImageProcessor": "taut.processor",
     "AutoModel": "taut.auto",
     "AutoModelForCausalLM": "taut.auto",
+    "AutoModelForImageClassification": "taut.auto",
     "AutoModelForMaskedLM": "taut.auto",
     "AutoModelForQuestionAnswering": "taut.auto",
     "AutoModelForSeq2SeqLM": "taut.auto",
     "AutoModelForSequenceClassification": "taut.auto",
     "AutoModelForTextEncoding": "taut.auto",
     "AutoModelForTokenClassification": "taut.auto",
+    "AutoModelForZeroShotImageClassification": "taut.auto",
     "AutoProcessor": "taut.processor",
     "AutoTokenizer": "taut.tokenizer",
     "BitsAndBytesConfig": "taut.quant.config",
@@ -46,12 +48,16 @@ if TYPE_CHECKING:
     from taut.auto import AutoConfig as AutoConfig
     from taut.auto import AutoModel as AutoModel
     from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from taut.auto import AutoModelForImageClassification as AutoModelForImageClassification
     from taut.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
     from taut.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
     from taut.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from taut.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from taut.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
     from taut.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from taut.auto import (
+        AutoModelForZeroShotImageClassification as AutoModelForZeroShotImageClassification,
+    )
     from taut.batch import Batch as Batch
     from taut.engine.async_engine import AsyncEngine as AsyncEngine
     from taut.engine.dynamic_cache import DynamicCache as DynamicCache
@@ -77,7 +83,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES and name.endswith(("Processor", "FeatureExtractor")):
         return getattr(import_module("taut.processor"), name)
-    if name not in _HOMES and ("For" in name or name.endswith("Model")):
+    if name not in _HOMES and ("For" in name or name.endswith(("Model", "ModelWithProjection"))):
         return import_module("taut.auto").family_class(name)
     if name not in _HOMES:
         raise AttributeError(f"module 'taut' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")

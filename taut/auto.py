@@ -14,17 +14,23 @@ from taut.errors import ConfigError, nearest
 from taut.hub import config_file
 from taut.modeling import (
     CausalLM,
+    ContrastiveModel,
     EncoderModel,
     HeadlessModel,
+    ImageClassifier,
+    ImageModel,
     MaskedLM,
     QuestionAnswerer,
     Seq2SeqLM,
     Seq2SeqModel,
     SequenceClassifier,
+    TextTower,
     TokenClassifier,
 )
 from taut.modeling.base import PreTrainedModel
 from taut.modeling.causal import CAUSAL
+from taut.modeling.contrast import TextProjection
+from taut.modeling.image import ImageProjection, TaughtImageClassifier
 from taut.models import families, family, kind, read_config, stem
 
 
@@ -94,8 +100,11 @@ class _Auto(PreTrainedModel):
 
     @classmethod
     def of(cls, config: ModelConfig, source: str = "the config") -> type[PreTrainedModel]:
+        own = None if cls.model_type is None else family(cls.model_type)
+        if getattr(own, "WHOLE", None) == config.model_type:  # a half of it
+            return cls.kinds[kind(own)].of(config, source)
         if cls.model_type not in (None, config.model_type.replace("-", "_")):
-            general = next(base for base in cls.__mro__ if base.__name__ in AUTO)
+            general = next((base for base in cls.__mro__ if base.__name__ in AUTO), AutoModel)
             raise ConfigError(
                 f"{source} is a {config.model_type!r} and not a {cls.model_type!r}; "
                 f"load it with {general.__name__}, which takes every family"
@@ -106,14 +115,22 @@ class _Auto(PreTrainedModel):
                 f"{source} is a {config.model_type!r}, a family of {config.kind}s, which {cls.__name__} does "
                 f"not load; these do: {', '.join(able)}"
             )
-        return cls.kinds[config.kind]
+        return cls.kinds[config.kind].of(config, source)
 
 
 class AutoModel(_Auto):
     """Loads a model without a head: hidden states."""
 
     kinds = MappingProxyType(
-        {"decoder": HeadlessModel, "encoder": HeadlessModel, "encoder-decoder": Seq2SeqModel}
+        {
+            "decoder": HeadlessModel,
+            "encoder": HeadlessModel,
+            "encoder-decoder": Seq2SeqModel,
+            "image encoder": ImageModel,
+            "image-text model": ContrastiveModel,
+            "image tower": ImageModel,
+            "text tower": TextTower,
+        }
     )
 
 
@@ -159,6 +176,30 @@ class AutoModelForQuestionAnswering(_Auto):
     kinds = MappingProxyType({"encoder": QuestionAnswerer})
 
 
+class AutoModelForImageClassification(_Auto):
+    """Loads a model that classifies images."""
+
+    kinds = MappingProxyType({"image encoder": ImageClassifier, "image-text model": ImageClassifier})
+
+
+class AutoModelForZeroShotImageClassification(_Auto):
+    """Loads a model that compares images with texts."""
+
+    kinds = MappingProxyType({"image-text model": ContrastiveModel})
+
+
+class _Projection(_Auto):
+    """Stands for half a model of images and texts, with the projection behind it."""
+
+    kinds = MappingProxyType({"image tower": ImageProjection, "text tower": TextProjection})
+
+
+class _TaughtImageClassification(_Auto):
+    """Stands for image classifiers that a teacher taught."""
+
+    kinds = MappingProxyType({"image encoder": TaughtImageClassifier})
+
+
 AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
     {
         auto.__name__: auto
@@ -171,14 +212,24 @@ AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
             AutoModelForSequenceClassification,
             AutoModelForTokenClassification,
             AutoModelForQuestionAnswering,
+            AutoModelForImageClassification,
+            AutoModelForZeroShotImageClassification,
         )
     }
 )
 
 # How the families' own class names end, and the class that loads them.
 SUFFIXES: Mapping[str, type[_Auto]] = MappingProxyType(
-    {name.removeprefix("Auto").removeprefix("Model") or "Model": auto for name, auto in AUTO.items()}
+    {
+        name.removeprefix("Auto").removeprefix("Model") or "Model": auto
+        for name, auto in AUTO.items()
+        if auto is not AutoModelForZeroShotImageClassification  # it loads what AutoModel does
+    }
     | {"LMHeadModel": AutoModelForCausalLM}
+)
+# Classes that only some families have, which list them in `CLASSES`.
+RARE: Mapping[str, type[_Auto]] = MappingProxyType(
+    {"ModelWithProjection": _Projection, "ForImageClassificationWithTeacher": _TaughtImageClassification}
 )
 
 
@@ -207,4 +258,6 @@ def class_names() -> dict[str, tuple[str, type[_Auto]]]:
                     continue
             if kind(module) in auto.kinds:
                 found[name] = model_type, auto
+        for suffix in getattr(module, "CLASSES", ()):
+            found[f"{stem(module)}{suffix}"] = model_type, RARE[suffix]
     return found

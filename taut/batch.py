@@ -81,6 +81,7 @@ type, as `config.features` lists them; None: all are 0 |
     | `kv` | `PagedKV` or None | None: the keys are this batch's own (encoding, training) |
     | `totals` | `[rows]` int32 or None | final length of each row's sequence where it is known to be \
 longer than what this batch holds (chunked prefill); None: a row ends at its last token here |
+    | `grid` | (int, int) or None | of rows that are pictures: rows and columns of the patches in each |
     | `source` | `Source`, `PagedKV` or None | what cross-attention attends to: an encoder's states, or the \
 keys and values that were made of them |
     """
@@ -93,6 +94,7 @@ keys and values that were made of them |
     embeds: Tensor | None = field(default=None, metadata=EACH_TOKEN)
     totals: Tensor | None = field(default=None, metadata=EACH_ROW)
     features: Tensor | None = field(default=None, metadata=EACH_TOKEN)
+    grid: tuple[int, int] | None = None
     source: Source | PagedKV | None = None
 
     def __post_init__(self) -> None:

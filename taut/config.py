@@ -130,6 +130,53 @@ class Relative:
 
 
 @dataclass(frozen=True)
+class LayerScale:
+    """A learned factor for each feature, all `initial` at first (Touvron et al. 2021)."""
+
+    initial: float
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How a picture of `image` pixels (height, width) and so many `channels` becomes tokens: one for each of
+    its patches of `size` pixels, projected with a `bias` or without; `prefix` learned ones stand ahead of
+    them. All have learned `positions`, which for pictures of other sizes are interpolated, on request or,
+    `elastic`, by themselves.
+
+    `hidden`: there is a learned token for patches that are left out, which files keep under so many leading
+    dimensions; `flat`: those of prefix and positions have none.
+    """
+
+    image: tuple[int, int]
+    size: tuple[int, int]
+    channels: int
+    prefix: int = 1
+    bias: bool = True
+    positions: bool = True
+    elastic: bool = False
+    hidden: int | None = None
+    flat: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a picture, in rows and columns."""
+        return self.image[0] // self.size[0], self.image[1] // self.size[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A learned bias for each head and distance between two patches of a picture, down and across, of `size`
+    rows and columns, and for the token ahead of them (BEiT; Bao et al. 2021). `shared`: by all layers."""
+
+    size: tuple[int, int]
+    shared: bool
+
+
+@dataclass(frozen=True)
 class Features:
     """Integers that come with each token under the argument `given` (its type, its task, the edges of its
     box), one for each of `tables`: the name and rows of the table of learned vectors that it is looked up in.
@@ -149,6 +196,27 @@ class Transform:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A learned query that attends to all tokens, and an MLP behind it, which reads what `norm` gives."""
+
+    attn: Attn
+    mlp: Mlp
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Pooler:
+    """One vector of a row's tokens, then what `after` makes of it, of `size` features (None: as many). Of a
+    picture it is that `of` the "first" token, the mean of the "patches" or what a `Probe` finds; of a text
+    that of its first "eos" token, the first with the "highest" id or the "last".
+    """
+
+    of: str | Probe
+    after: Transform | Norm | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class Heads:
     """What stands between a model's hidden states and the last product of each of its heads; None: nothing.
 
@@ -156,9 +224,13 @@ class Heads:
     the logits of a masked token, which are those of the embedding. `sequence`: of the vector that `pooling`
     ("first", "mean" or "last") makes of a row, where the class has no pooler. `token`, `span`: of each token.
     `bias`: whether the product that classifies a row has one.
+
+    A picture's `pooler` is a `Pooler`; it is classified by what that gives, or, as `pooling` says, by its
+    "first" token, the mean of its "patches", or both at once ("first, patches"). `projection`: the features
+    to which vectors are projected that are compared with those of the other kind.
     """
 
-    pooler: Transform | None = None
+    pooler: Transform | Pooler | None = None
     pooled: tuple[str, ...] = ("Model", "ForSequenceClassification")
     masked: Transform | None = None
     sequence: Transform | None = None
@@ -166,6 +238,7 @@ class Heads:
     token: Transform | None = None
     span: Transform | None = None
     bias: bool = True
+    projection: int | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +249,8 @@ class Attn:
     keys, each `qk_norm_of` a "head" with one weight for all, "own head" with a weight each, or "all" heads as
     one vector. `slopes`: ALiBi (Press et al. 2022), one a head. `clip` bounds the fused projection's output.
     `sinks`: a learned score a head, as of one more key without a value (Xiao et al. 2023). `relative`: the
-    bias of distances, whose weights all layers with it share.
+    bias of distances, whose weights all layers with it share; `grid`: that of a picture's patches. `k_bias`:
+    where the projection has biases, so have keys.
     """
 
     heads: int
@@ -195,6 +269,8 @@ class Attn:
     causal: bool = True
     sinks: bool = False
     relative: Relative | None = None
+    grid: Grid | None = None
+    k_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,16 +303,16 @@ class Moe:
 @dataclass(frozen=True)
 class Layer:
     """One block: `x = after(x + scale * post(attn(pre(x))))`, then the same with the MLP; a missing norm is
-    the identity. `parallel`: attention and MLP both read the x that enters, and add to it; without a
-    `pre_mlp` the MLP reads what `pre_attn` gives. `cross`: between the two, attention to what an encoder
-    gave, with norms of its own."""
+    the identity, and a `post` may be a learned factor. `parallel`: attention and MLP both read the x that
+    enters, and add to it; without a `pre_mlp` the MLP reads what `pre_attn` gives. `cross`: between the two,
+    attention to what an encoder gave, with norms of its own."""
 
     attn: Attn
     mlp: Mlp | Moe
     pre_attn: Norm | None
     pre_mlp: Norm | None
-    post_attn: Norm | None = None
-    post_mlp: Norm | None = None
+    post_attn: Norm | LayerScale | None = None
+    post_mlp: Norm | LayerScale | None = None
     after_attn: Norm | None = None
     after_mlp: Norm | None = None
     scale: float | None = None
@@ -261,6 +337,18 @@ class Pairing:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """How texts and pictures, of an encoder each, are compared: by the cosine of what their poolers give,
+    projected to `dim` features (None: as they are), times a learned scale; for a `sigmoid` plus a learned
+    bias."""
+
+    text: ModelConfig
+    vision: ModelConfig
+    dim: int | None
+    sigmoid: bool
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model, a "decoder", an "encoder" or an "encoder-decoder" by its `kind`. `context` is in tokens;
     `source` is the `config.json` it was read from, `names` what it calls keys that others call by the usual
@@ -276,6 +364,9 @@ class ModelConfig:
     An encoder adds `positions` and `features` to the embedding, in `embed_dim`; then come `embed_norm` and,
     where there is an `embed_dim`, the projection to `dim`. `weights_of` names for each layer the first one
     with the same weights.
+
+    `patches`: how a picture becomes the tokens of an image encoder. `contrast`: the encoders of a model of
+    texts and pictures, of which this is the texts'.
 
     Looking up the token `padding` teaches its vector nothing. `wide`: between blocks a float16 model is
     float32, since what they add up to is too large.
@@ -305,6 +396,8 @@ class ModelConfig:
     heads: Heads = Heads(pooling="last", bias=False)
     pairing: Pairing | None = None
     decoder_start_token_id: int | None = None
+    patches: Patches | None = None
+    contrast: Contrast | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -453,12 +546,14 @@ class Reader:
             )
         return known[value] if isinstance(known, Mapping) else value
 
-    def section(self, key: str) -> Reader | None:
-        """A Reader of the object at `key`; what it leaves unused is reported as `key.inner`."""
+    def section(self, key: str, defaults: Mapping[str, Any] | None = None) -> Reader | None:
+        """A Reader of the object at `key`, with `defaults` for what it leaves out, which may be all of it;
+        what it leaves unused is reported as `key.inner`."""
         value = self._get(key, None, (dict, Mapping), "an object")
-        if value is None:
+        if value is None and defaults is None:
             return None
-        inner = Reader(value, f"{self.source}: {key}")
+        given = {name: one for name, one in (value or {}).items() if one is not None}
+        inner = Reader({**(defaults or {}), **given}, f"{self.source}: {key}")
         inner._prefix = f"{key}."
         self._sections.append(inner)
         return inner
@@ -662,8 +757,8 @@ def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fiel
     config = {
         "model_type": reader.str("model_type"),
         "architecture": named[0] if named else "",
-        "vocab_size": reader.int("vocab_size"),
-        "dim": reader.int("hidden_size"),
+        "vocab_size": fields["vocab_size"] if "vocab_size" in fields else reader.int("vocab_size"),
+        "dim": fields["dim"] if "dim" in fields else reader.int("hidden_size"),
         "layers": tuple(layers),
         "norm": norm,
         "context": fields.pop("context", None) or reader.int("max_position_embeddings"),

@@ -231,9 +231,11 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     for path, module in model.named_modules():
         beside = path[: path.rfind(".") + 1]
         if isinstance(module, Linear) and module.parts:  # each part's weight and bias, as if it stood alone
+            biases = module.biases()
             for part, start, rows in _spans(module.parts):
-                for kind, _ in _own_shapes(module):
-                    pieces.append(Piece(f"{beside}{part}.{kind}", f"{path}.{kind}", rows, start))
+                pieces.append(Piece(f"{beside}{part}.weight", f"{path}.weight", rows, start))
+                if part in biases:
+                    pieces.append(Piece(f"{beside}{part}.bias", f"{path}.bias", rows, biases[part]))
             continue
         for kind, shape in _own_shapes(module):
             name = f"{path}.{kind}" if path else kind

@@ -38,7 +38,7 @@ def test_the_readme_program_runs() -> None:
 
 
 def test_the_readme_names_every_family() -> None:
-    kinds = "Decoders|Encoders|Encoder-decoders"
+    kinds = "Decoders|Encoders|Encoder-decoders|Image models"
     rows = re.findall(rf"^\| (?:{kinds}) \| ([\w, -]+);", (ROOT / "README.md").read_text(), re.M)
     assert sorted(name for row in rows for name in row.split(", ")) == families()
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -51,8 +52,8 @@ def part_of(name: str) -> str:
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token adds to the cache, all layers together: a token of a decoder,
-    and as many a token that its cross-attention attends to. 0 for an encoder, which caches nothing."""
-    if config.kind == "encoder":
+    and as many a token that its cross-attention attends to. 0 for what caches nothing."""
+    if config.kind not in ("decoder", "encoder-decoder"):
         return 0
     return sum(2 * layer.attn.kv_heads * layer.attn.head_dim for layer in config.layers) * dtype.itemsize
 
@@ -97,7 +98,7 @@ def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
                 "window": attn.window,
                 "rope": rope,
                 "alibi": attn.slopes is not None,
-                "relative_bias": attn.relative is not None,
+                "relative_bias": attn.relative is not None or attn.grid is not None,
                 "cross_attention": layer.cross is not None,
                 "mlp_hidden": mlp.hidden,
                 "activation": mlp.act,
@@ -167,10 +168,21 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
             "pad_token_id": config.pad_token_id,
             "layer_kinds": kinds_of_layers(config),
             "encoder_layer_kinds": None if encoder is None else kinds_of_layers(encoder),
+            "image": _image(config),
         },
         "unused_config_keys": list(config.unused),
         "tokenizer": tokenizer_facts(path),
     }
+
+
+def _image(config: ModelConfig) -> dict[str, Any] | None:
+    """What a model makes of images; None for one that takes none."""
+    vision = config if config.contrast is None else config.contrast.vision
+    patches = vision.patches
+    if patches is None:
+        return None
+    kinds = None if vision is config else kinds_of_layers(vision)
+    return {"size": patches.image, "patch": patches.size, "tokens": patches.tokens, "layer_kinds": kinds}
 
 
 def _learned_positions(config: ModelConfig) -> int | None:
@@ -203,6 +215,23 @@ def _layer_text(kind: dict[str, Any]) -> str:
     return f"{kind['count']} x [{heads}; {seen}; {turned}; {cross}{mlp}{beside}]"
 
 
+def _show_words(
+    row: Callable[[str, object], None], config: dict[str, Any], tokenizer: dict[str, Any]
+) -> None:
+    """What there is to say of a model that reads or writes words."""
+    if not config["vocab_size"]:
+        return
+    row("head", "tied to the embedding" if config["tied_embeddings"] else "its own weight")
+    eos = ", ".join(str(token) for token in config["eos_token_ids"]) or "none"
+    row("token ids", f"bos {config['bos_token_id']}, eos {eos}, pad {config['pad_token_id']}")
+    if "error" in tokenizer:
+        row("tokenizer", tokenizer["error"])
+    else:
+        special = ", ".join(f"{kind} {tokenizer[kind]!r}" for kind in ("bos", "eos", "pad", "unk"))
+        template = "a chat template" if tokenizer["chat_template"] else "no chat template"
+        row("tokenizer", f"{tokenizer['vocabulary']} tokens; {special}; {template}")
+
+
 def show(facts: dict[str, Any]) -> None:
     """Prints `describe`'s result as tables."""
     console = Console(highlight=False)
@@ -224,22 +253,20 @@ def show(facts: dict[str, Any]) -> None:
     deep = f"{config['layers']} layers"
     if encoder is not None:
         deep = f"{sum(kind['count'] for kind in encoder)} encoder and {config['layers']} decoder layers"
-    row("size", f"{deep}, dim {config['dim']}, vocabulary {config['vocab_size']}")
+    words = f", vocabulary {config['vocab_size']}" if config["vocab_size"] else ""
+    row("size", f"{deep}, dim {config['dim']}{words}")
+    if config["image"] is not None:
+        pixels, patch = (" x ".join(map(str, config["image"][key])) for key in ("size", "patch"))
+        row("images", f"{pixels} pixels in patches of {patch}: {config['image']['tokens']} tokens")
+        if config["image"]["layer_kinds"] is not None:
+            row("image layers", "\n".join(map(_layer_text, config["image"]["layer_kinds"])))
     if encoder is not None:
         row("encoder", "\n".join(map(_layer_text, encoder)))
     row("layers" if encoder is None else "decoder", "\n".join(map(_layer_text, config["layer_kinds"])))
     learned = ", a learned embedding of each position" if config["learned_positions"] else ""
     tokens = "without a limit" if config["context"] is None else f"{config['context']} tokens"
     row("context", f"{tokens}{learned}")
-    row("head", "tied to the embedding" if config["tied_embeddings"] else "its own weight")
-    eos = ", ".join(str(token) for token in config["eos_token_ids"]) or "none"
-    row("token ids", f"bos {config['bos_token_id']}, eos {eos}, pad {config['pad_token_id']}")
-    if "error" in tokenizer:
-        row("tokenizer", tokenizer["error"])
-    else:
-        special = ", ".join(f"{kind} {tokenizer[kind]!r}" for kind in ("bos", "eos", "pad", "unk"))
-        template = "a chat template" if tokenizer["chat_template"] else "no chat template"
-        row("tokenizer", f"{tokenizer['vocabulary']} tokens; {special}; {template}")
+    _show_words(row, config, tokenizer)
     row("unused keys", ", ".join(facts["unused_config_keys"]) or "none: every key is accounted for")
     console.print(table)
 

@@ -30,7 +30,7 @@ class Scoring:
     `[heads, 2 * reach + 1]`: a learned bias (T5), entry `reach + key position - query position` is added,
     with distances beyond `reach` taken as `reach`. `sinks` `[heads]`: learned scores that take part in the
     softmax as one more key would, whose value is nothing (GPT-OSS; Xiao et al. 2023), so that the weights of
-    keys sum to less than 1.
+    keys sum to less than 1. `bias` `[heads, queries, keys]` is added too, where every row has so many.
     """
 
     scale: float
@@ -40,6 +40,7 @@ class Scoring:
     slopes: Tensor | None = None
     relative: Tensor | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,8 @@ def _bias(queries: int, keys: int, scoring: Scoring) -> Tensor | None:
     if scoring.relative is not None:
         relative = _relative(queries, keys, scoring.relative)
         bias = relative if bias is None else bias + relative
+    if scoring.bias is not None:
+        bias = scoring.bias if bias is None else bias + scoring.bias
     return bias
 
 
@@ -310,7 +313,8 @@ def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     """`q` `[rows, queries, heads, head_dim]`, `k`, `v` `[rows, keys, kv_heads, head_dim]` -> like q."""
     queries, keys = q.shape[1], k.shape[1]
     whole = scoring.window is None or scoring.window >= keys
-    plain = scoring.slopes is None and scoring.relative is None and scoring.sinks is None
+    added = (scoring.slopes, scoring.relative, scoring.sinks, scoring.bias)
+    plain = all(one is None for one in added)
     triangle = scoring.causal and whole and queries == keys and plain
     mask = None if triangle else _visible(queries, keys, scoring, q.device)
     if (bias := _bias(queries, keys, scoring)) is not None:
@@ -399,12 +403,16 @@ def _bias_of_last(behind: Tensor, kv_heads: int, scoring: Scoring) -> Tensor:
 def _sdpa_refuses(call: Call) -> str | None:
     if call.scoring.softcap is not None:
         return f"scaled_dot_product_attention has no soft-cap (asked: {call.scoring.softcap})"
+    if call.scoring.bias is not None and call.pages is not None:
+        return "takes a bias for keys of the batch alone"
     return None
 
 
 def _flash_refuses(call: Call) -> str | None:
     if (why := device_refuses(call.q.device)) is not None:
         return why
+    if call.scoring.bias is not None:
+        return "adds nothing to each pair of a query and a key"
     from taut.kernels.flash import why_not
 
     return why_not(call.q, call.scoring)
@@ -421,6 +429,8 @@ def _flash(q, k, v, starts, longest, scoring, pages, key_rows):
 def _paged_refuses(call: Call) -> str | None:
     if (why := device_refuses(call.q.device)) is not None:
         return why
+    if call.scoring.bias is not None:
+        return "adds nothing to each pair of a query and a key"
     from taut.kernels.paged_triton import refuses
 
     return refuses(call.q, call.longest, call.scoring, call.pages)
@@ -448,7 +458,7 @@ def _cudnn_refuses(call: Call) -> str | None:
     if not call.even or call.key_rows is not None:
         return "wants rows of one length, the same for queries and keys"
     extra = {"window": scoring.window, "softcap": scoring.softcap, "ALiBi": scoring.slopes}
-    extra |= {"relative bias": scoring.relative, "sinks": scoring.sinks}
+    extra |= {"relative bias": scoring.relative, "sinks": scoring.sinks, "bias": scoring.bias}
     if (odd := next((name for name, value in extra.items() if value is not None), None)) is not None:
         return f"is for plain attention, and this has a {odd}"
     if call.kv_heads not in (None, q.shape[1]):

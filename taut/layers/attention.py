@@ -12,6 +12,7 @@ from taut.config import Attn
 from taut.errors import ConfigError, RequestError
 from taut.kernels.attention import KeyRows, Pages, Scoring, attention
 from taut.kernels.dispatch import ops
+from taut.layers.embedding import GridBias
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 
@@ -26,9 +27,17 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         slopes = None if config.slopes is None else torch.tensor(config.slopes, device="cpu")
-        # The table comes with each call; that there is one decides what can run.
+        # The tables come with each call; that there are some decides what can run.
         relative = None if config.relative is None else torch.zeros(config.heads, 1, device="cpu")
-        self._scoring = Scoring(config.scale, config.causal, config.window, config.softcap, slopes, relative)
+        self._scoring = Scoring(
+            config.scale,
+            config.causal,
+            config.window,
+            config.softcap,
+            slopes,
+            relative,
+            bias=None if config.grid is None else torch.zeros(config.heads, 1, 1, device="cpu"),
+        )
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if config.sinks else None
         self.only: tuple[str, ...] | None = None
 
@@ -44,12 +53,14 @@ class SelfAttention(Attention):
     def __init__(self, config: Attn, dim: int, index: int, *, dtype: torch.dtype | None = None):
         super().__init__(config, index, dtype)
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv_proj = Linear(
-            dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias, dtype=dtype
-        )
+        biased = config.qkv_bias if config.k_bias else ("q_proj", "v_proj") * config.qkv_bias
+        self.qkv_proj = Linear(dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=biased, dtype=dtype)
         self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
         self.q_norm = _norm_of(config, config.heads, dtype)
         self.k_norm = _norm_of(config, config.kv_heads, dtype)
+        self.grid_bias = None
+        if config.grid is not None and not config.grid.shared:
+            self.grid_bias = GridBias(config.grid, config.heads, dtype=dtype)
 
     def forward(
         self,
@@ -59,9 +70,11 @@ class SelfAttention(Attention):
         norm: Norm | None = None,
         residual: Tensor | None = None,
         relative: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """`residual + o(attention(norm(x)))`, norm and residual where given; `relative`
-        `[heads, 2 * reach + 1]`: what distances add to the scores."""
+        `[heads, 2 * reach + 1]`: what distances add to the scores; `bias` `[heads, queries, keys]`: what
+        every pair adds."""
         c = self.config
         qkv = self.qkv_proj(x, norm=norm)  # [tokens, (heads + 2 kv_heads) * head_dim]
         if c.clip is not None:
@@ -76,6 +89,8 @@ class SelfAttention(Attention):
         if self._scoring.slopes is not None and self._scoring.slopes.device != q.device:
             self._scoring = replace(self._scoring, slopes=self._scoring.slopes.to(q.device))
         scoring = self.scoring if relative is None else replace(self.scoring, relative=relative)
+        if c.grid is not None:
+            scoring = replace(scoring, bias=bias if self.grid_bias is None else self.grid_bias(batch))
         out = attention(q, k, v, batch.starts, batch.longest, scoring, pages, self.only)
         return self.o_proj(out.flatten(1), residual=residual)
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from taut.batch import Batch
 from taut.config import Layer, Mlp, ModelConfig, Moe
+from taut.config import LayerScale as LayerScaleConfig
 from taut.config import Norm as NormConfig
 from taut.errors import RequestError
 from taut.layers.attention import CrossAttention, SelfAttention
-from taut.layers.embedding import Embedding, PositionEmbedding, RelativeBias
+from taut.layers.embedding import Embedding, GridBias, PositionEmbedding, RelativeBias
 from taut.layers.linear import Linear
 from taut.layers.mlp import GatedMlp, PlainMlp
 from taut.layers.moe import MoeMlp
-from taut.layers.norm import Norm
+from taut.layers.norm import LayerScale, Norm
 from taut.layers.rope import Rotary
 
 
@@ -36,7 +37,9 @@ class Block(nn.Module):
     ):
         super().__init__()
 
-        def norm(config: NormConfig | None) -> Norm | None:
+        def norm(config: NormConfig | LayerScaleConfig | None) -> Norm | LayerScale | None:
+            if isinstance(config, LayerScaleConfig):
+                return LayerScale(config, dim, dtype=dtype)
             return Norm(config, dim, dtype=dtype) if config is not None else None
 
         self.config = layer
@@ -60,8 +63,9 @@ class Block(nn.Module):
         batch: Batch,
         rotation: tuple[Tensor, Tensor] | None,
         relative: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        attend = partial(self.self_attn, batch=batch, rotation=rotation, relative=relative)
+        attend = partial(self.self_attn, batch=batch, rotation=rotation, relative=relative, bias=bias)
         if self.config.parallel:
             return self._parallel(x, attend)
         x = self._add(x, self.input_layernorm, attend, self.post_attention_layernorm)
@@ -113,9 +117,13 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.make_embedding(config, dtype)
-        self.relative_bias = None
+        self.relative_bias = self.grid_bias = None
         if (biased := next((layer.attn for layer in config.layers if layer.attn.relative), None)) is not None:
             self.relative_bias = RelativeBias(biased.relative, biased.heads, dtype=dtype)
+        if (
+            shared := next((a.attn for a in config.layers if a.attn.grid and a.attn.grid.shared), None)
+        ) is not None:
+            self.grid_bias = GridBias(shared.grid, shared.heads, dtype=dtype)
         source_dim = None if config.encoder is None else config.encoder.dim
         made: dict[int, Block] = {}
         for index, first in enumerate(config.weights_of or range(len(config.layers))):
@@ -142,10 +150,11 @@ class Stack(nn.Module):
         x = self.embed(batch)
         rotations = {rope: rotary(batch, x.dtype) for rope, rotary in self.rotaries.items()}
         relative = None if self.relative_bias is None else self.relative_bias()
+        bias = None if self.grid_bias is None else self.grid_bias(batch)
         if self.config.wide and x.dtype is torch.float16:
             x = x.float()
         for layer in self.layers:
-            x = layer(x, batch, rotations.get(layer.config.attn.rope), relative)
+            x = layer(x, batch, rotations.get(layer.config.attn.rope), relative, bias)
         return x if self.norm is None else self.norm(x)
 
 

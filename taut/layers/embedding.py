@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taut.batch import Batch
-from taut.config import Positions, Relative
+from taut.config import Grid, Positions, Relative
 from taut.errors import RequestError
 from taut.kernels.linear import block, linear, why_not_blocked
 
@@ -119,6 +119,50 @@ class RelativeBias(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, reach={self.config.reach}, both={self.config.both}"
+
+
+class GridBias(nn.Module):
+    """What the distance between two patches of a picture adds to each head's score: `weight`
+    `[distances + 3, heads]`, those down and across in order, then of a patch from the first token, of the
+    first token from a patch, and of the first token from itself."""
+
+    def __init__(self, config: Grid, heads: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        distances = (2 * config.size[0] - 1) * (2 * config.size[1] - 1)
+        self.weight = nn.Parameter(torch.empty(distances + 3, heads, dtype=dtype))
+        self._index: dict[tuple[object, ...], Tensor] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """`[heads, tokens, tokens]` of pictures with the batch's grid; for another than the config's, the
+        table is interpolated."""
+        table, (rows, columns) = self.weight, self.config.size
+        if batch.grid != self.config.size:
+            wide = torch.promote_types(table.dtype, torch.float32)
+            own = table[:-3].to(wide).view(1, 2 * rows - 1, 2 * columns - 1, -1).permute(0, 3, 1, 2)
+            size = [2 * edge - 1 for edge in batch.grid]
+            own = F.interpolate(own, size, mode="bilinear", align_corners=False)
+            table = torch.cat((own.flatten(2)[0].t().to(table.dtype), table[-3:]))
+        key = batch.grid, table.device
+        if key not in self._index:
+            self._index = {key: grid_distances(*batch.grid).to(table.device)}
+        return F.embedding(self._index[key], table).permute(2, 0, 1)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.weight.shape)}"
+
+
+def grid_distances(rows: int, columns: int) -> Tensor:
+    """For each pair of a picture's tokens, query and key, its row in the table of `GridBias`, int64."""
+    count = (2 * rows - 1) * (2 * columns - 1)
+    at = torch.arange(rows * columns)
+    down = at[:, None] // columns - at // columns + rows - 1
+    across = at[:, None] % columns - at % columns + columns - 1
+    whole = torch.full((len(at) + 1, len(at) + 1), count)
+    whole[1:, 1:] = down * (2 * columns - 1) + across
+    whole[1:, 0] = count + 1
+    whole[0, 0] = count + 2
+    return whole
 
 
 def relative_buckets(config: Relative) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ class Linear(nn.Module):
 
     `parts` names the checkpoint matrices stacked along the output, with their sizes, in order: the q, k
     and v projections are one product, and files still hold three matrices. Without parts, the module is
-    the one matrix. The weight is dense, or, after `pack`, in a small format that multiplies by itself.
+    the one matrix. `bias`: whether it has one, or the parts that have. The weight is dense, or, after `pack`,
+    in a small format that multiplies by itself.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Linear(nn.Module):
         in_features: int,
         out: int | Mapping[str, int],
         *,
-        bias: bool = False,
+        bias: bool | Collection[str] = False,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
@@ -36,7 +37,11 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out if isinstance(out, int) else sum(out.values())
         self.weight = nn.Parameter(torch.empty(self.out_features, in_features, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype)) if bias else None
+        self.biased = None if isinstance(bias, bool) else frozenset(bias)
+        width = self.out_features
+        if self.biased is not None:
+            width = sum(rows for part, rows in self.parts.items() if part in self.biased)
+        self.bias = nn.Parameter(torch.empty(width, dtype=dtype)) if bias else None
         self.packed: Packed | None = None
         self.swaps = 0  # how often the weight changed its layout, and with it the tensor that counts versions
 
@@ -55,8 +60,9 @@ class Linear(nn.Module):
             x, norm = norm(x), None
         if residual is not None and residual.dtype is not x.dtype:
             return residual + self(x, norm=norm, act=act)
+        bias = self.bias if self.biased is None else self._spread()
         if self.packed is not None:
-            return self.packed(x if norm is None else norm(x), self.bias, act, residual)
+            return self.packed(x if norm is None else norm(x), bias, act, residual)
         if self.weight.is_mkldnn and torch.is_grad_enabled():
             self.unblock()
         if fuses(x, self.weight):
@@ -65,8 +71,23 @@ class Linear(nn.Module):
                 before = norm.arguments()
             elif norm is not None:
                 x = norm(x)
-            return gemv(x, self.weight, self.bias, act=act, residual=residual, **before)
-        return self.after(linear(x if norm is None else norm(x), self.weight, self.bias), act, residual)
+            return gemv(x, self.weight, bias, act=act, residual=residual, **before)
+        return self.after(linear(x if norm is None else norm(x), self.weight, bias), act, residual)
+
+    def biases(self) -> dict[str, int]:
+        """Where in the bias that of each part begins, of the parts that have one."""
+        starts, at = {}, 0
+        for part, rows in ({} if self.bias is None else self.parts).items():
+            if self.biased is None or part in self.biased:
+                starts[part] = at
+                at += rows
+        return starts
+
+    def _spread(self) -> Tensor:
+        """The bias of all parts, 0 for those that have none."""
+        at, new = self.biases(), self.bias.new_zeros
+        own = {part: self.bias[start : start + self.parts[part]] for part, start in at.items()}
+        return torch.cat([own[part] if part in own else new(rows) for part, rows in self.parts.items()])
 
     @staticmethod
     def after(y: Tensor, act: str | None, residual: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taut.config import LayerScale as LayerScaleConfig
 from taut.config import Norm as NormConfig
 from taut.kernels.dispatch import ops
 
@@ -37,6 +38,18 @@ class Norm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.config.kind}, eps={self.config.eps}"
+
+
+class LayerScale(nn.Module):
+    """Multiplies each feature of `[..., dim]` by a learned factor."""
+
+    def __init__(self, config: LayerScaleConfig, dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
 
 
 class HeadNorm(nn.Module):

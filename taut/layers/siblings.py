@@ -64,7 +64,7 @@ def _replace(parent: nn.Module, old: Sequence[str], new: Mapping[str, nn.Module]
 def _parts(fused: Linear) -> dict[str, Linear]:
     fused.unblock()
     units = iter(() if fused.packed is None else fused.packed.units())
-    parts, start = {}, 0
+    biases, parts, start = fused.biases(), {}, 0
     for name, rows in fused.parts.items():
         with torch.device("meta"):
             part = Linear(fused.in_features, rows)
@@ -72,7 +72,7 @@ def _parts(fused: Linear) -> dict[str, Linear]:
             part.weight = _rows(fused.weight, start, rows)
         else:
             part.pack(_covering(units, rows))
-        part.bias = None if fused.bias is None else _rows(fused.bias, start, rows)
+        part.bias = None if name not in biases else _rows(fused.bias, biases[name], rows)
         parts[name] = part.train(fused.training)
         start += rows
     return parts
@@ -90,13 +90,15 @@ def _fused(parts: Mapping[str, Linear]) -> Linear:
     own = list(parts.values())
     for part in own:
         part.unblock()
+    biased = [name for name, part in parts.items() if part.bias is not None]
     with torch.device("meta"):
-        fused = Linear(own[0].in_features, {name: part.out_features for name, part in parts.items()})
+        sizes = {name: part.out_features for name, part in parts.items()}
+        fused = Linear(own[0].in_features, sizes, bias=biased if len(biased) < len(parts) else True)
     if own[0].packed is None:
         fused.weight = _joined([part.weight for part in own])
     else:
         fused.pack([unit for part in own for unit in part.packed.units()])
-    fused.bias = None if own[0].bias is None else _joined([part.bias for part in own])
+    fused.bias = _joined([parts[name].bias for name in biased]) if biased else None
     return fused.train(own[0].training)
 
 

@@ -30,7 +30,7 @@ from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
-from taut.layers.norm import HeadNorm, Norm
+from taut.layers.norm import HeadNorm, LayerScale, Norm
 from taut.layers.siblings import rejoin, separate
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
@@ -391,6 +391,8 @@ class PreTrainedModel(nn.Module):
                 module.compute()
             elif isinstance(module, Norm | HeadNorm):
                 nn.init.constant_(param, 1.0 - module.config.offset)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(param, module.config.initial)
             else:
                 nn.init.normal_(param, std=std)
         return self

@@ -167,12 +167,14 @@ def run(
     output_hidden_states: bool | None = None,
     output_attentions: bool | None = None,
     past: DynamicCache | None = None,
+    bare: bool = False,
 ) -> Encoded:
     """What a stack of `model` makes of a batch, which may extend the rows of `past`: then without gradients,
-    since cached keys keep none."""
+    since cached keys keep none. `bare`: the last of the hidden states is that before the final norm."""
     found = Encoded(batch, padding, batch.positions)
     collected = attention_weights() if output_attentions else nullcontext([])
-    with _collect(stack, bool(output_hidden_states)) as found.states, collected as found.weights:
+    states = _collect(stack, bool(output_hidden_states), bare)
+    with states as found.states, collected as found.weights:
         if past is not None:
             with torch.no_grad():
                 found.hidden = stack(batch)
@@ -195,8 +197,8 @@ def _check_positions(position_ids: Tensor | None, batch: Batch, padding: Padding
 
 
 @contextmanager
-def _collect(stack: Stack, wanted: bool) -> Iterator[list[Tensor]]:
-    """What enters each block, and what leaves the stack, as they are computed."""
+def _collect(stack: Stack, wanted: bool, bare: bool) -> Iterator[list[Tensor]]:
+    """What enters each block, and what leaves the stack or, `bare`, its last block, as they are computed."""
     states: list[Tensor] = []
     hooks = []
     if wanted:
@@ -204,7 +206,8 @@ def _collect(stack: Stack, wanted: bool) -> Iterator[list[Tensor]]:
             layer.register_forward_pre_hook(lambda _m, given: states.append(given[0]))
             for layer in dict.fromkeys(stack.layers)
         ]
-        hooks.append(stack.register_forward_hook(lambda _m, _i, out: states.append(out)))
+        last = stack.layers[-1] if bare else stack
+        hooks.append(last.register_forward_hook(lambda _m, _i, out: states.append(out)))
     try:
         yield states
     finally:

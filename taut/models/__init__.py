@@ -24,6 +24,10 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "ForMaskedLM": "encoder",
         "ForConditionalGeneration": "encoder-decoder",
         "MTModel": "encoder-decoder",
+        "ForImageClassification": "image encoder",
+        "TextModel": "text tower",
+        "VisionModel": "image tower",
+        "Model": "image-text model",
     }
 )
 
@@ -61,8 +65,9 @@ def kind(module: ModuleType) -> str:
 
 
 def stem(module: ModuleType) -> str:
-    """What the class names of a family begin with in transformers: `Llama`."""
-    return getattr(module, "STEM", None) or module.ARCHITECTURE.removesuffix(_suffix(module.ARCHITECTURE))
+    """What the class names of a family begin with in transformers: `Llama`, of a half `CLIPText`."""
+    suffix = "Model" if kind(module).endswith("tower") else _suffix(module.ARCHITECTURE)
+    return getattr(module, "STEM", None) or module.ARCHITECTURE.removesuffix(suffix)
 
 
 def _suffix(architecture: str) -> str:

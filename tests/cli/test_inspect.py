@@ -173,3 +173,17 @@ def test_no_weight_is_read(
 )
 def test_part_of(name: str, part: str) -> None:
     assert part_of(name) == part
+
+
+def test_a_model_of_images_and_texts_shows_both(taut: Callable[..., Result], tmp_path: Path) -> None:
+    half = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+    vision = half | {"num_hidden_layers": 2, "image_size": 12, "patch_size": 4}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "clip", "text_config": half | {"vocab_size": 50}, "vision_config": vision})
+    )
+    save_file({"logit_scale": torch.zeros(1)}, tmp_path / "model.safetensors")
+    shown = taut("inspect", str(tmp_path)).stdout
+    assert re.search(r"images +12 x 12 pixels in patches of 4 x 4: 10 tokens", shown)
+    assert re.search(r"^layers +3 x \[2 heads of 4", shown, re.M)
+    assert re.search(r"^image layers +2 x \[2 heads of 4", shown, re.M)
+    assert "KV cache" not in shown
