@@ -145,7 +145,7 @@ class Scheduler:
     def schedule(self, drafts: Mapping[Row, Sequence[int]] = NO_DRAFTS) -> list[Work]:
         """The next batch, with pages for all its tokens; empty only where there is nothing to do. `drafts`
         of rows that decode go in as far as there is room for them without preemption."""
-        plan: dict[Row, int] = {}
+        plan: dict[Row, Work] = {}
         self._entered, self._begun, self.sources = [], [], []
         prefills = []
         for request in self.running.copy():
@@ -154,22 +154,22 @@ class Scheduler:
             else:
                 prefills.append(request)
         left = max(self.chunk - len(plan), 1)
-        guesses: dict[Row, tuple[int, ...]] = {}
         for row, guess in drafts.items():
             if row in plan:
-                guesses[row] = self._fitting(row, guess, left - 1)
-                left -= len(guesses[row])
+                fitting = self._fitting(row, guess, left - 1)
+                plan[row] = plan[row]._replace(drafts=fitting)
+                left -= len(fitting)
         for request in prefills:
             if left and request.status is Status.RUNNING:
                 left = max(left - self._prefill(request, left, plan), 0)
-        for row, count in plan.items():
-            self._enter(row, row.computed + count)
+        for row, start, count, *_ in plan.values():
+            self._enter(row, start + count)
         while left and self._admissible(left):
             request = self.waiting.popleft()
             request.status = Status.RUNNING
             self.running.append(request)
             left = max(left - self._prefill(request, left, plan), 0)
-        return [Work(row, row.computed, n, n == row.pending, guesses.get(row, ())) for row, n in plan.items()]
+        return list(plan.values())
 
     def ahead(self, under_way: list[Work]) -> list[Work] | None:
         """The decode step after one whose tokens are not known yet, for the same rows, with pages for it;
@@ -239,14 +239,14 @@ class Scheduler:
 
     # -- the parts of a step -----------------------------------------------------------------------------
 
-    def _decode(self, request: Request, plan: dict[Row, int]) -> None:
+    def _decode(self, request: Request, plan: dict[Row, Work]) -> None:
         """All rows of a request get their one token, or none does, where the request itself gave way."""
         for row in request.rows:
             if not self._reserve(row, 1, plan):
                 return
-            plan[row] = 1
+            plan[row] = Work(row, row.computed, 1, True)
 
-    def _prefill(self, request: Request, left: int, plan: dict[Row, int]) -> int:
+    def _prefill(self, request: Request, left: int, plan: dict[Row, Work]) -> int:
         """The source of a request, if it is still to be encoded, and as many tokens of its rows as are then
         `left`, one row after the other, so that each begins with what those before it have computed. Gives
         how many tokens there are.
@@ -270,14 +270,14 @@ class Scheduler:
                 if not self._reserve(row, count, plan):
                     self.pages.forget(self._entered[entered:])
                     break
-                plan[row] = count
+                plan[row] = Work(row, row.computed, count, count == row.pending)
                 self._enter(row, row.computed + count)
                 used += count
             if count < wanted:
                 break
         return encoded + used
 
-    def _encode(self, request: Request, left: int, plan: dict[Row, int]) -> int | None:
+    def _encode(self, request: Request, left: int, plan: dict[Row, Work]) -> int | None:
         """Pages for the source of a request, to be filled before the batch runs. Gives its tokens, 0 if there
         is nothing to encode, and None where that has to wait."""
         if not _lacks_source(request):
@@ -320,7 +320,7 @@ class Scheduler:
             self._leave(row)
         self.pages.release(request.source_pages)
 
-    def _reserve(self, row: Row, count: int, plan: dict[Row, int]) -> bool:
+    def _reserve(self, row: Row, count: int, plan: dict[Row, Work]) -> bool:
         """Pages of its own for a row's next `count` tokens, if need be those of the newest request; False if
         that is the row's own."""
         if row.request.status is not Status.RUNNING:  # preempted earlier in this step
@@ -337,7 +337,7 @@ class Scheduler:
             self.pages.extend(row.pages, need)
         return True
 
-    def _free(self, count: int, request: Request, plan: dict[Row, int]) -> bool:
+    def _free(self, count: int, request: Request, plan: dict[Row, Work]) -> bool:
         """Have so many pages free for a request, if need be those of the newest; False if that is itself."""
         while count > self.pages.free:
             newest = self.running.pop()

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taut.engine.beams import Beams
+from taut.engine.guidance import Guidance
 from taut.engine.pages import PagePool
 from taut.engine.request import Request, SamplingParams, Status
-from taut.engine.scheduler import Scheduler
+from taut.engine.scheduler import Scheduler, pages_needed
 from taut.errors import RequestError
 
 from .checks import check_pages
@@ -264,3 +266,107 @@ def test_everything_finishes_in_order_whatever_arrives(data):
     assert s.pages.free == s.pages.count
     for r in coming:
         assert r in cancelled or len(r.output) == r.params.max_new_tokens
+
+
+class Keys:
+    """The cache as a table of what each key was made of: the tokens up to its own, and their angles."""
+
+    def __init__(self, s: Scheduler):
+        self.s, self.slots = s, {}
+
+    def made_of(self, row, drafts=()) -> list[int]:
+        """Of every token of a row."""
+        long = self.s.recompute_at is not None and row.length > self.s.recompute_at
+        chain, last = [], hash((row.request.scope, long))
+        for token in (*row.tokens(), *drafts):
+            chain.append(last := hash((last, token)))
+        return chain
+
+    def run(self, work) -> None:
+        """Copy pages, write all new keys, and then see that each row reads what it has to."""
+        size, old = self.s.pages.size, dict(self.slots)
+        for page, other in self.s.copies.items():
+            for at in range(size):
+                self.slots[page, at] = old.get((other, at))
+        self.s.copies.clear()
+        read = []
+        for row, start, count, _, drafts in work:
+            keys, stop = self.made_of(row, drafts), start + count + len(drafts)
+            for at in range(start, stop):
+                self.slots[row.pages[at // size], at % size] = keys[at]
+            read.append((row, keys[:stop]))
+        for row, keys in read:
+            assert [self.slots.get((row.pages[at // size], at % size)) for at in range(len(keys))] == keys
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_every_row_reads_keys_of_its_own_tokens_whoever_wrote_them(seed):
+    """Shared prefixes, branches that copy on write, guesses, preemption, cancelled rows and failed steps."""
+    draw = random.Random(seed)
+    s = scheduler(
+        pages=draw.randint(12, 30),
+        size=draw.randint(1, 4),
+        max_rows=draw.choice([3, 8]),
+        chunk=draw.choice([2, 5, 30]),
+        recompute_at=draw.choice([None, None, 9, 14]),
+    )
+    cache = Keys(s)
+    groups = [
+        lambda: None,
+        lambda: None,
+        lambda: Beams(draw.randint(2, 3)),
+        lambda: Guidance(2.0, [1, 2, 1, 1, 2]),
+    ]
+    coming = []
+    for _ in range(12):
+        prompt = [draw.choice([1, 2]) for _ in range(draw.randint(1, 14))]
+        made = Request(
+            prompt,
+            SamplingParams(draw.randint(1, 14)),
+            group=draw.choice(groups)(),
+            scope=draw.choice([(), (), None]),
+        )
+        if made.width <= s.max_rows and pages_needed(made, s.pages.size) <= s.pages.count:
+            coming.append(made)
+    asked = list(coming)
+    for step in range(1000):
+        while coming and draw.random() < 0.3:
+            s.add(coming.pop())
+        if s.has_work and step < 60 and draw.random() < 0.02:
+            s.finish(draw.choice(s.requests), "cancelled")
+        drafts = {
+            r: [draw.choice([1, 2]) for _ in range(3)]
+            for r in s.running
+            if r.group is None and draw.random() < 0.4
+        }
+        work = s.schedule(drafts)
+        if not work and not s.has_work and not coming:
+            break
+        if draw.random() < 0.1:
+            s.abandon()
+            check_pages(s)
+            continue
+        cache.run(work)
+        for request, items in itertools.groupby(work, lambda item: item.row.request):
+            items = list(items)
+            if not items[0].ready or isinstance(request.group, Beams):
+                for item in items:
+                    s.commit(item)
+                if items[0].ready:
+                    rows = request.rows
+                    s.branch(
+                        request, [(draw.choice(rows), draw.choice([1, 2])) for _ in range(request.width)]
+                    )
+                    request.output = list(request.branches[0].output)
+            else:
+                for at, guess in enumerate((*items[0].drafts, None)):
+                    token = draw.choice([1, 2])
+                    for item in items:
+                        s.commit(item._replace(count=item.count + at), token)
+                    if token != guess or len(request.output) == request.params.max_new_tokens:
+                        break
+            if len(request.output) == request.params.max_new_tokens:
+                s.finish(request, "length")
+        check_pages(s)
+    assert all(r.finished for r in asked) and s.pages.free == s.pages.count
