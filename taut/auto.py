@@ -146,6 +146,12 @@ class AutoModelForSeq2SeqLM(_Auto):
     kinds = MappingProxyType({"encoder-decoder": Seq2SeqLM})
 
 
+class AnyLanguageModel(_Auto):
+    """Loads whatever generates text, for those who don't mind what it is."""
+
+    kinds = MappingProxyType({**AutoModelForCausalLM.kinds, **AutoModelForSeq2SeqLM.kinds})
+
+
 class AutoModelForTextEncoding(_Auto):
     """Loads the encoder of an encoder-decoder alone."""
 

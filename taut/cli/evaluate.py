@@ -46,6 +46,8 @@ TEXTS = (
 
 def windows(session: Session, texts: list[str]) -> list[list[int]]:
     """Token ids of the texts, cut so that each window fits the model."""
+    if session.model.config.encoder is not None:
+        raise RequestError(f"{session.name} is an encoder-decoder; a text's perplexity is that of a decoder")
     size = min(WINDOW, session.model.config.context)
     ids = [session.raw_ids(text) for text in texts]
     cut = [row[at : at + size] for row in ids for at in range(0, len(row), size)]

@@ -6,10 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+from taut.auto import AnyLanguageModel
 from taut.cli.facts import Facts, human_bytes
 from taut.errors import RequestError
 from taut.hub import default_model, resolve
-from taut.modeling import CausalLM
 from taut.quant.config import named
 from taut.tokenizer import AutoTokenizer
 
@@ -33,7 +33,9 @@ def run(
     started = time.perf_counter()
     path = resolve(model or default_model(), revision=revision, local_files_only=local_files_only)
     tokenizer = AutoTokenizer.from_pretrained(str(path))
-    loaded = CausalLM.from_pretrained(str(path), dtype=dtype, device_map=device, quantization_config=config)
+    loaded = AnyLanguageModel.from_pretrained(
+        str(path), dtype=dtype, device_map=device, quantization_config=config
+    )
     facts = Facts.of(time.perf_counter() - started, str(loaded.device))
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from taut.auto import AnyLanguageModel
 from taut.cli.facts import Clock, Facts
 from taut.engine.generate import stream
 from taut.engine.generation import GenerationConfig
 from taut.engine.stream import Stream
 from taut.errors import TokenizerError
 from taut.hub import default_model, resolve
-from taut.modeling import CausalLM
+from taut.modeling import CausalLM, Seq2SeqLM
 from taut.quant.config import named
 from taut.tokenizer import AutoTokenizer, Tokenizer
 
@@ -70,7 +71,9 @@ class Answer:
     it and frees its cache."""
 
     def __init__(self, stream: Stream):
-        self.stream, self.clock = stream, Clock(len(stream.request.prompt))
+        request = stream.request
+        self.stream = stream
+        self.clock = Clock(len(request.prompt if request.source is None else request.source))
 
     def __iter__(self) -> Iterator[str]:
         output = self.stream.request.output
@@ -87,7 +90,7 @@ class Answer:
 class Session:
     """A model and its tokenizer, loaded once."""
 
-    def __init__(self, name: str, model: CausalLM, tokenizer: Tokenizer, load_seconds: float):
+    def __init__(self, name: str, model: CausalLM | Seq2SeqLM, tokenizer: Tokenizer, load_seconds: float):
         self.name = Path(name).name if Path(name).exists() else name
         self.model, self.tokenizer, self.load_seconds = model, tokenizer, load_seconds
 
@@ -101,7 +104,7 @@ class Session:
         started = time.perf_counter()
         path = resolve(name, revision=options.revision, local_files_only=options.local_files_only)
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-        loaded = CausalLM.from_pretrained(
+        loaded = AnyLanguageModel.from_pretrained(
             str(path), dtype=options.dtype, device_map=options.device, quantization_config=packing
         )
         return Session(name, loaded, tokenizer, time.perf_counter() - started)
@@ -125,17 +128,20 @@ class Session:
     def answer(
         self, ids: list[int], options: Options, new_tokens: int, response_format: Any = None
     ) -> Answer:
-        """The continuation of `ids`, of a format if one is given: at most `options.max_new_tokens`, or
-        `new_tokens` when that is unset, and never more than the context holds. `RequestError` for a prompt
-        that leaves no room."""
+        """The continuation of `ids`, or what an encoder-decoder says to them, of a format if one is given: at
+        most `options.max_new_tokens`, or `new_tokens` when that is unset, and never more than the context
+        holds. It comes as it is found, so without beams, whatever the model's files say. `RequestError` for a
+        prompt that leaves no room."""
         if options.max_new_tokens is None:
-            room = self.model.config.context - len(ids)
+            used = len(ids) if self.model.config.encoder is None else 1
+            room = self.model.config.context - used
             options = replace(options, max_new_tokens=max(1, min(new_tokens, room)))
         return Answer(
             stream(
                 self.model,
                 [ids],
                 generation_config=options.generation(),
+                num_beams=1,
                 tokenizer=self.tokenizer,
                 response_format=response_format,
             )
