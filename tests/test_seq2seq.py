@@ -212,6 +212,30 @@ def test_prefill_and_decode_equal_the_full_pass(case, device):
             assert full.argmax().item() == made[step]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encoder_no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 2, "num_beams": 2},
+        {"encoder_repetition_penalty": 2.5, "no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 0.4, "encoder_no_repeat_ngram_size": 3, "repetition_penalty": 1.3},
+        {"min_length": 9, "forced_eos_token_id": 2, "eos_token_id": 11},
+    ],
+    ids=str,
+)
+def test_options_about_what_the_encoder_read(options):
+    model, theirs = load(named("bart")), reference(named("bart"))
+    source, said = [7, 8, 9, 7], []
+    while source[-2:] != said[-2:]:  # until it would repeat what it reads
+        said = theirs_alone(theirs, source, max_new_tokens=9)[0]
+        source += said[-2:] if said[-2:] != source[-2:] else []
+    inputs = {"input_ids": torch.tensor([source]), "attention_mask": torch.ones(1, len(source))}
+    want = theirs_alone(theirs, source, max_new_tokens=9, **options)
+    rest = {name: value for name, value in options.items() if name in ("num_beams", "no_repeat_ngram_size")}
+    assert want != theirs_alone(theirs, source, max_new_tokens=9, **rest)
+    assert model.generate(**inputs, max_new_tokens=9, **PLAIN | options).tolist() == want
+
+
 def test_decoders_begin_as_they_are_told():
     case = next(case for case in CASES if case.name == "t5")
     model, theirs, (sources, _) = load(case), reference(case), prompts()
@@ -420,3 +444,26 @@ def test_options_of_generation_that_older_configs_hold(tmp_path):
     model.save_pretrained(tmp_path / "saved")  # from now on generation_config.json has them
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved")
     assert again.generation_config.num_beams == 4
+
+
+@pytest.mark.parametrize("name", ["t5", "marian"])
+def test_the_ways_to_generate_agree(name):
+    """Drawn rows are those of the row alone; guesses, sets of prompts and streams change no token."""
+    model, (sources, _) = load(named(name)), prompts()
+    draw = {"do_sample": True, "top_k": 0, "max_new_tokens": 7, "eos_token_id": None, "pad_token_id": 0}
+    seeds = [5, 6, 7, 8]
+    got = model.generate(**padded(sources, "left", "cpu"), seed=seeds, **draw).tolist()
+    for source, seed, row in zip(sources, seeds, got, strict=True):
+        assert model.generate(torch.tensor([source]), seed=seed, **draw).tolist() == [row]
+    several = model.generate(torch.tensor([sources[0]]), seed=seeds, num_return_sequences=4, **draw).tolist()
+    assert several[0] == got[0] and len({tuple(row) for row in several}) == 4
+    greedy = {"max_new_tokens": 9, **PLAIN}
+    want = model.generate(**padded(sources, "left", "cpu"), **greedy)
+    guessed = model.generate(**padded(sources, "left", "cpu"), prompt_lookup_num_tokens=3, **greedy)
+    assert torch.equal(guessed, want)
+    assert model.generate_batch(sources, **greedy) == want[:, 1:].tolist()
+    with torch.no_grad():
+        fused = model(**grids("left")).logits
+        model.to_bettertransformer()
+        close(model(**grids("left")).logits, fused)
+        close(model.reverse_bettertransformer()(**grids("left")).logits, fused)

@@ -21,7 +21,7 @@ from taut.engine.grammar import Constraint, ForcedTokens
 from taut.engine.guidance import Guidance
 from taut.engine.lookup import Lookup
 from taut.engine.output import GenerateOutput, rectangle, returned, steps
-from taut.engine.processors import Barred, Forced, LengthDecay
+from taut.engine.processors import Barred, Forced, LengthDecay, Read, ReadNgrams
 from taut.engine.prompts import read_prompts
 from taut.engine.request import Group, LogitsProcessor, Request
 from taut.engine.resident import Resident
@@ -195,13 +195,14 @@ def prepare(
         allowed = ()
         if prefix_allowed_tokens_fn is not None:
             allowed = (functools.partial(_only_allowed, prefix_allowed_tokens_fn, row),)
+        read = sources[row] if sources else prompt
         text = RowText(tokenizer, config.stops, skip_special_tokens=False) if config.stops else None
         stop = StopRow(text, criteria, given[row : row + 1]) if text or criteria else None
         requests.append(
             Request(
                 prompt=list(prompt),
                 params=config.sampling(new, width, row_seed),
-                logits_processors=(*allowed, *_own_processors(config, len(prompt), new), *processors),
+                logits_processors=(*allowed, *_own_processors(config, len(prompt), new, read), *processors),
                 should_stop=stop,
                 logprobs=config.logprobs,
                 keep_scores=keep and bool(config.output_scores),
@@ -402,9 +403,20 @@ def _group(config: GenerationConfig, negative: list[int]) -> Group | None:
     return Guidance(config.guidance_scale, negative) if config.guided else None
 
 
-def _own_processors(config: GenerationConfig, prompt: int, new: int) -> list[LogitsProcessor]:
-    """Those of options that few calls have, for a row of `prompt` tokens and at most `new` more."""
+def _own_processors(config: GenerationConfig, prompt: int, new: int, read: Any) -> list[LogitsProcessor]:
+    """Those of options that few calls have, for a row of `prompt` tokens and at most `new` more; `read`: what
+    its encoder reads, or the prompt itself."""
     made: list[LogitsProcessor] = []
+    size, penalty = config.encoder_no_repeat_ngram_size, config.encoder_repetition_penalty
+    if (size or penalty not in (None, 1.0)) and isinstance(read, Tensor):
+        raise RequestError(
+            "encoder_no_repeat_ngram_size and encoder_repetition_penalty are about the tokens that the "
+            "encoder read, and the call has its states alone. Next step: pass input_ids for encoder_outputs"
+        )
+    if penalty not in (None, 1.0):
+        made.append(Read(penalty, read))
+    if size:
+        made.append(ReadNgrams(size, read))
     first = config.forced_bos_token_id
     if first is not None:
         made.append(Forced(1, (first,)))

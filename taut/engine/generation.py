@@ -44,8 +44,6 @@ DEFAULTS: Mapping[str, Any] = {
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "constraints": (None,),
     "dola_layers": (None,),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
     "force_words_ids": (None,),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
@@ -86,6 +84,8 @@ drawn from |
     | `num_beam_groups`, `diversity_penalty` | beams in groups that avoid each other's tokens |
     | `guidance_scale` | moves away from what follows `negative_prompt_ids`; 1 for none |
     | `repetition_penalty`, `no_repeat_ngram_size` | against repetition, prompt included |
+    | `encoder_repetition_penalty` | makes tokens likelier that the encoder read; 1 for off |
+    | `encoder_no_repeat_ngram_size` | no n-gram of this size is one that the encoder read; 0 for off |
     | `presence_penalty`, `frequency_penalty` | OpenAI's: subtracted for generated tokens, once / per count |
     | `bad_words_ids`, `suppress_tokens` | token sequences, single tokens that may not be generated |
     | `begin_suppress_tokens` | tokens that may not be the first |
@@ -132,6 +132,8 @@ drawn from |
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    encoder_repetition_penalty: float | None = None
+    encoder_no_repeat_ngram_size: int | None = None
     bad_words_ids: Sequence[Sequence[int]] | None = None
     suppress_tokens: Sequence[int] | None = None
     begin_suppress_tokens: Sequence[int] | None = None
@@ -444,6 +446,8 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "presence_penalty": _number("that is finite", lambda v: True),
     "frequency_penalty": _number("that is finite", lambda v: True),
     "no_repeat_ngram_size": _integer(0),
+    "encoder_repetition_penalty": _number("more than 0 (1 for none)", lambda v: v > 0),
+    "encoder_no_repeat_ngram_size": _integer(0),
     "bad_words_ids": (
         "a list of token id lists, none of them empty",
         lambda v: isinstance(v, Sequence) and all(_is_ids(word) and len(word) > 0 for word in v),
