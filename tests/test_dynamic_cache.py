@@ -159,6 +159,14 @@ def test_bad_pasts_are_named(pair):
     ):
         with pytest.raises(RequestError, match=match):
             model.generate(**{"inputs": ids, "past_key_values": past, "max_new_tokens": 2, **options})
+    again = [[7] * 4 + [8] * 4, [7] * 5]
+    past.crop(4)
+    with pytest.raises(RequestError, match="row 1 of input_ids does not go on"):
+        model.generate([again[0], [8] * 8], past_key_values=copy.deepcopy(past), max_new_tokens=2)
+    past = DynamicCache.of([[7] * 6], 6)
+    with pytest.warns(UserWarning, match="row 0 of input_ids leaves past_key_values at token 4 of 6"):
+        left = model.generate(again[:1], past_key_values=past, max_new_tokens=2)
+    assert left.tolist() == model.generate(again[:1], max_new_tokens=2).tolist()
     longrope = build("longrope", torch.float64)
     past = longrope(torch.full((1, 15), 7), use_cache=True).past_key_values
     with pytest.raises(RequestError, match="a row passes 16 tokens"):

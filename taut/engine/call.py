@@ -297,14 +297,22 @@ def _check_past(past: Any, prompts: list[list[int]], config: GenerationConfig) -
     if past.tokens and len(past.tokens) != len(prompts):
         raise RequestError(f"past_key_values has {len(past.tokens)} rows, and input_ids {len(prompts)}")
     for row, (known, prompt) in enumerate(zip(past.tokens, prompts, strict=False)):
-        if prompt[: len(known)] != known:
-            pairs = enumerate(zip(known, prompt, strict=False))
-            at = next((at for at, (ours, given) in pairs if ours != given), len(prompt))
+        if prompt[: len(known)] == known:
+            continue
+        pairs = enumerate(zip(known, prompt, strict=False))
+        at = next((at for at, (ours, given) in pairs if ours != given), len(prompt))
+        if at == 0 or len(prompt) <= len(known):
             raise RequestError(
                 f"row {row} of input_ids does not go on from past_key_values: they differ at token {at} of "
                 f"{len(known)}. Next step: pass the whole row, from its first token, as input_ids; or leave "
                 "past_key_values out, which changes no token"
             )
+        # A chat template may write a turn otherwise than it was generated.
+        warnings.warn(
+            f"row {row} of input_ids leaves past_key_values at token {at} of {len(known)}; what follows is "
+            "computed anew",
+            stacklevel=5,
+        )
 
 
 def _check_assistant(model: Any, assistant: Any, config: GenerationConfig) -> None:
