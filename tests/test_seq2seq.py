@@ -259,7 +259,7 @@ def test_encoder_outputs_take_the_place_of_a_source():
     with torch.no_grad():
         states = model(**given).encoder_last_hidden_state
         want = model(**given).logits
-        for form in (states, (states,), taut.modeling.ModelOutput(last_hidden_state=states)):
+        for form in (states, (states,), model.get_encoder()(**source)):
             rest = {name: value for name, value in given.items() if name != "input_ids"}
             assert torch.equal(model(**rest, encoder_outputs=form).logits, want)
     options = {"max_new_tokens": 6, "decoder_start_token_id": 4, **PLAIN}
@@ -432,7 +432,9 @@ def test_options_of_generation_that_older_configs_hold(tmp_path):
     path = checkpoint(named("bart"), AUTO)
     config = json.loads((path / "config.json").read_text())
     older = {"num_beams": 4, "min_length": 5, "length_penalty": 2.0, "forced_bos_token_id": 7}
-    (tmp_path / "config.json").write_text(json.dumps(config | older | {"normalize_before": False}))
+    fairseq = {"normalize_before": False, "add_final_layer_norm": False, "extra_pos_embeddings": 2}
+    others = {"num_hidden_layers": 2, "_num_labels": 3, "output_past": True, "prefix": " "}
+    (tmp_path / "config.json").write_text(json.dumps(config | older | fairseq | others))
     (tmp_path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes())
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert model.config.unused == ()

@@ -75,11 +75,10 @@ class Seq2SeqModel(PreTrainedModel):
         """Cache what the decoder attends to; see `EncoderDecoder.store`."""
         self.model.store(*states)
 
-    def get_encoder(self) -> Encoder:
-        return self.encoder
-
-    def get_decoder(self) -> Decoder:
-        return self.decoder
+    def get_encoder(self) -> EncoderModel:
+        """The encoder behind a padded door of its own, over the same weights: what it gives is what
+        `encoder_outputs` takes."""
+        return EncoderModel(self.config, encoder=self.encoder).train(self.training)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embed_tokens
@@ -320,9 +319,12 @@ class EncoderModel(Seq2SeqModel):
     suffix = "EncoderModel"
     computed = ("model.encoder.embed_positions",)
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+    def __init__(
+        self, config: ModelConfig, *, encoder: Encoder | None = None, dtype: torch.dtype | None = None
+    ):
         PreTrainedModel.__init__(self, config)
-        self.model = nn.ModuleDict({"encoder": Encoder(config.encoder, dtype=dtype)})
+        encoder = Encoder(config.encoder, dtype=dtype) if encoder is None else encoder
+        self.model = nn.ModuleDict({"encoder": encoder})
 
     @property
     def encoder(self) -> Encoder:

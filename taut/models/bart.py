@@ -56,7 +56,7 @@ def encoder_decoder(
     r.ignore("encoder_layerdrop", "decoder_layerdrop", "init_std", "num_hidden_layers", "layerdrop", "prefix")
     r.ignore("normalize_before", "normalize_embedding", "add_final_layer_norm", "add_bias_logits")
     r.ignore("static_position_embeddings", "extra_pos_embeddings", "force_bos_token_to_be_generated")
-    r.ignore("classif_dropout", "output_past", "save_step")
+    r.ignore("classif_dropout", "output_past", "save_step", "do_blenderbot_90_layernorm", "_num_labels")
     context, encoder = r.int("max_position_embeddings", 1024), layers(r, "encoder", before)
     usual = {
         "layers": layers(r, "decoder", before),
