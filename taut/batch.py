@@ -153,6 +153,13 @@ class Padding:
         flat = torch.zeros(self.rows * self.width, dtype=torch.bool, device=device)
         return flat.index_fill_(0, self.index, True).unflatten(0, (self.rows, self.width))
 
+    def rows_of(self, padded: Tensor) -> tuple[list[list[int]], int]:
+        """What stands in each row of integers `[rows, width]`, and the width."""
+        if self.index is None:
+            return padded.tolist(), self.width
+        counts = torch.bincount(self.index // max(self.width, 1), minlength=self.rows)
+        return [row.tolist() for row in self.pack(padded).split(counts.tolist())], self.width
+
     def last(self, packed: Tensor, columns: int) -> tuple[Tensor, Padding]:
         """What stands in the last `columns` columns of the grid, and where it stands in these."""
         columns = min(columns, self.width)

@@ -88,6 +88,22 @@ def test_rows_can_be_cut_copied_and_chosen(pair):
     same(model(rows[:, 20:], past_key_values=kept).logits, model(rows).logits[:, 20:])
 
 
+def test_a_plain_call_is_gone_on_from_too(pair):
+    """As programs do that know the cache to be on by default."""
+    _, model = pair
+    ids, mask = padded()
+    out = model(ids, attention_mask=mask)
+    assert list(out) == ["logits"] and "past_key_values" not in out
+    past = out.past_key_values
+    assert past is out["past_key_values"] is out.get("past_key_values")
+    assert past.tokens == [row[m == 1].tolist() for row, m in zip(ids, mask, strict=True)] and not past.keys
+    new = torch.tensor([[5], [6], [7]])
+    longer = model(torch.cat((ids, new), 1), attention_mask=torch.cat((mask, torch.ones(3, 1)), 1))
+    same(model(new, past_key_values=past).logits, longer.logits[:, 7:])
+    assert model(ids, use_cache=False).past_key_values is None
+    assert model(ids[:1]).past_key_values.tokens == [ids[0].tolist()]
+
+
 def test_embeddings_are_gone_on_from_too(pair):
     _, model = pair
     ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))

@@ -187,7 +187,7 @@ def test_embeds_logits_to_keep_and_tuples(model):
     (logits,) = model(IDS, return_dict=False)
     assert torch.equal(logits, whole) and torch.equal(model(IDS)[0], whole)
     output = model(IDS)
-    assert output.loss is None and output.past_key_values is None and list(output) == ["logits"]
+    assert output.loss is None and list(output) == ["logits"]
     with pytest.raises(AttributeError, match="no field 'logit'; it has: loss, logits"):
         output.logit  # noqa: B018
 

@@ -74,7 +74,8 @@ class CausalLM(LanguageHead, TextModel):
 
         With `use_cache`, or with rows to go on from in `past_key_values` (as such a call gave them), it also
         gives `past_key_values`: these rows and the new tokens. `attention_mask` then has a column for each
-        token so far, or for each new one. Nothing of it has gradients.
+        token so far, or for each new one. Nothing of it has gradients. Without, `past_key_values` of the
+        output are rows whose keys are computed once a call goes on from them.
 
         Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
         """
@@ -104,11 +105,16 @@ class CausalLM(LanguageHead, TextModel):
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and past is None):
                 logits = grid.unpack(self.logits(kept))
+        aside = {}
+        if past is None and use_cache is None and labels is None and input_ids is not None:
+            # Programs go on from a plain call too: its rows, whose keys are computed if it comes to that.
+            aside["past_key_values"] = Later(lambda: DynamicCache.of(*padding.rows_of(input_ids)))
         output = ModelOutput(
             loss=loss,
             logits=logits,
             past_key_values=past,
             **found.extras(),
+            aside=aside,
         )
         return output if return_dict else output.to_tuple()
 

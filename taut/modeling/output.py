@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterator, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 
@@ -16,14 +17,15 @@ class Later:
 
 class ModelOutput(dict):
     """A result whose fields are keys, attributes and, in order, items; fields that are None are absent, and
-    one given as `Later` is computed the first time it is asked for."""
+    one given as `Later` is computed the first time it is asked for. What is `aside` is no field, but there
+    for who asks for it by name."""
 
-    def __init__(self, **fields: Any):
+    def __init__(self, *, aside: Mapping[str, Later] = MappingProxyType({}), **fields: Any):
         super().__init__({name: value for name, value in fields.items() if value is not None})
-        self._names = tuple(fields)
+        self._names, self._aside = tuple(fields), dict(aside)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self:
+        if name in self or name in self.__dict__.get("_aside", ()):
             return self[name]
         if not name.startswith("_") and name in self._names:
             return None
@@ -33,6 +35,10 @@ class ModelOutput(dict):
         if isinstance(key, slice):
             return self.to_tuple()[key]
         name = key if isinstance(key, str) else list(self)[key]
+        if name in self._aside and name not in self:
+            if isinstance(self._aside[name], Later):
+                self._aside[name] = self._aside[name].make()
+            return self._aside[name]
         value = super().__getitem__(name)
         if isinstance(value, Later):
             value = self[name] = value.make()
@@ -44,7 +50,7 @@ class ModelOutput(dict):
         return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401
+        return self[key] if key in self or key in self._aside else default
 
     def items(self) -> ItemsView[str, Any]:
         self.to_tuple()
