@@ -126,6 +126,14 @@ def test_a_source_is_encoded_once_for_all_who_read_it():
     assert encoded(engine(chunk=64), [request(source, scope=None) for _ in range(2)]) == [20]
 
 
+def test_what_a_decoder_begins_with_is_shared_within_one_source_alone():
+    prompt = range_of(13)  # three pages and a token
+    e, one, other = engine(num_pages=60), range_of(9), range_of(10)
+    done = [e.run([request(source, prompt=prompt)])[0] for source in (one, other, one)]
+    assert [r.found for r in done] == [0, 0, 12]
+    assert [r.output for r in done] == [alone("bart", r) for r in done]
+
+
 def test_sources_share_a_step_as_far_as_a_chunk_goes():
     lengths = (30, 9, 4, 8)  # the first alone is more than a chunk of 16
     requests = [request(range_of(n)) for n in lengths]
