@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from types import MappingProxyType
 
 import torch
@@ -291,7 +291,7 @@ def _reference(q, k, v, starts, longest, scoring, pages, key_rows=None):
 
 
 def _sdpa(q, k, v, starts, longest, scoring, pages, key_rows):
-    """PyTorch's scaled_dot_product_attention: rows of one length in one call, otherwise row by row."""
+    """PyTorch's scaled_dot_product_attention: neighbouring rows of one length in one call."""
     rows, keys = starts.shape[0] - 1, longest if key_rows is None else key_rows.longest
     if q.shape[0] == 0:
         return torch.zeros_like(q)
@@ -301,12 +301,34 @@ def _sdpa(q, k, v, starts, longest, scoring, pages, key_rows):
         q = q.unflatten(0, (rows, longest))
         k, v = (t.unflatten(0, (rows, keys)) for t in (k, v))
         return _sdpa_dense(q, k, v, scoring).flatten(0, 1)
+    if pages is None:
+        return _sdpa_runs(q, k, v, starts, scoring, key_rows)
     return torch.cat(
         [
             _sdpa_dense(qr[None], kr[None], vr[None], scoring)[0]
             for qr, kr, vr in _rows(q, k, v, starts, pages, key_rows)
         ]
     )
+
+
+def _sdpa_runs(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scoring: Scoring, key_rows: KeyRows | None
+) -> Tensor:
+    """A call for each run of neighbouring rows with as many queries and keys: batches sorted by length have
+    few of them."""
+    queries = starts.diff().tolist()
+    keys = queries if key_rows is None else key_rows.starts.diff().tolist()
+    out, at, key_at = [], 0, 0
+    for (width, key_width), run in groupby(zip(queries, keys, strict=True)):
+        rows = sum(1 for _ in run)
+        own, seen = slice(at, at + rows * width), slice(key_at, key_at + rows * key_width)
+        at, key_at = own.stop, seen.stop
+        if not width or not key_width:
+            out.append(torch.zeros_like(q[own]))
+            continue
+        k_rows, v_rows = (t[seen].unflatten(0, (rows, key_width)) for t in (k, v))
+        out.append(_sdpa_dense(q[own].unflatten(0, (rows, width)), k_rows, v_rows, scoring).flatten(0, 1))
+    return torch.cat(out)
 
 
 def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:

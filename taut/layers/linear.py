@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taut.kernels import onednn
+from taut.kernels.act import ACTIVATIONS
 from taut.kernels.dispatch import ops
 from taut.kernels.gemv import fuses, gemv
 from taut.kernels.linear import block, linear, why_not_blocked
@@ -52,10 +54,13 @@ class Linear(nn.Module):
         norm: Norm | None = None,
         act: str | None = None,
         residual: Tensor | None = None,
+        pointwise: str | None = None,
     ) -> Tensor:
-        """`residual + glu(norm(x) W^T + b)`, each part only where given: what stands around a product in a
-        block is part of the call, since for a few rows on a GPU one kernel does it all. `residual`, and an x
-        with a norm, may be of a wider dtype than the weight; the sum then is too."""
+        """`residual + glu(norm(x) W^T + b)`, or `pointwise(norm(x) W^T + b)`, each part only where given:
+        what stands around a product in a block is part of the call, since one kernel may do it all.
+        `residual`, and an x with a norm, may be of a wider dtype than the weight; the sum then is too."""
+        if pointwise is not None and (self.packed or not onednn.takes(x, self.weight, pointwise)):
+            return ACTIVATIONS[pointwise](self(x, norm=norm))
         if norm is not None and x.dtype is not norm.weight.dtype:
             x, norm = norm(x), None
         if residual is not None and residual.dtype is not x.dtype:
@@ -72,7 +77,10 @@ class Linear(nn.Module):
             elif norm is not None:
                 x = norm(x)
             return gemv(x, self.weight, bias, act=act, residual=residual, **before)
-        return self.after(linear(x if norm is None else norm(x), self.weight, bias), act, residual)
+        x = x if norm is None else norm(x)
+        if act is None and onednn.takes(x, self.weight, pointwise):
+            return onednn.linear(x, self.weight, bias, pointwise, residual)
+        return self.after(linear(x, self.weight, bias), act, residual)
 
     def biases(self) -> dict[str, int]:
         """Where in the bias that of each part begins, of the parts that have one."""

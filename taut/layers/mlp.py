@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from taut.config import Mlp
-from taut.kernels.act import ACTIVATIONS
 from taut.layers.linear import Linear
 from taut.layers.norm import Norm
 
@@ -37,7 +36,7 @@ class PlainMlp(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """`residual + down(act(up(n)))` with `n = norm(x)`, norm and residual where given."""
-        return _add(self.down_proj, ACTIVATIONS[self.config.act](self.up_proj(x, norm=norm)), residual)
+        return _add(self.down_proj, self.up_proj(x, norm=norm, pointwise=self.config.act), residual)
 
 
 # What is lost below it in float16 is far below the rounding of what it makes room for.

@@ -93,7 +93,8 @@ def _fused(parts: Mapping[str, Linear]) -> Linear:
     biased = [name for name, part in parts.items() if part.bias is not None]
     with torch.device("meta"):
         sizes = {name: part.out_features for name, part in parts.items()}
-        fused = Linear(own[0].in_features, sizes, bias=biased if len(biased) < len(parts) else True)
+        some = biased if 0 < len(biased) < len(parts) else bool(biased)
+        fused = Linear(own[0].in_features, sizes, bias=some)
     if own[0].packed is None:
         fused.weight = _joined([part.weight for part in own])
     else:
