@@ -34,6 +34,7 @@ _HOMES = {
     "GenerationConfig": "taut.engine.generation",
     "Request": "taut.engine.request",
     "SamplingParams": "taut.engine.request",
+    "SentenceTransformer": "taut.sentences",
     "TautError": "taut.errors",
     "TextIteratorStreamer": "taut.engine.streamers",
     "TextStreamer": "taut.engine.streamers",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from taut.processor import AutoImageProcessor as AutoImageProcessor
     from taut.processor import AutoProcessor as AutoProcessor
     from taut.quant.config import BitsAndBytesConfig as BitsAndBytesConfig
+    from taut.sentences import SentenceTransformer as SentenceTransformer
     from taut.tokenizer import AutoTokenizer as AutoTokenizer
 
 

@@ -106,6 +106,27 @@ def config_file(
     raise CheckpointError(f"{name}: the Hub repository holds no config.json{_holds(names)}")
 
 
+def beside(
+    name: str | os.PathLike[str],
+    file: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """A file in a folder of its own beside a model (`1_Pooling/config.json`), downloaded if need be. Raises
+    `CheckpointError` where there is none, and for a path that leaves the model's folder."""
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise CheckpointError(f"{name}: {file!r} is not a file inside of it")
+    path = Path(name).expanduser()
+    if not path.exists() and not _looks_like_path(name):
+        return _Hub(str(name), revision, cache_dir, token, local_files_only).file(file)
+    if not (path / file).is_file():
+        raise CheckpointError(f"{path}: no {file}{_holds(e.name for e in path.iterdir())}")
+    return path / file
+
+
 def _looks_like_path(name: str | os.PathLike[str]) -> bool:
     if not isinstance(name, str):
         return True
