@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentence_transformers
 import torch
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import taut
@@ -82,10 +83,10 @@ def tiny(tmp_path_factory) -> Path:
 def test_every_module_and_option_is_that_of_sentence_transformers(tiny, tmp_path, mode):
     torch.manual_seed(0)
     steps = [
-        sentence_transformers.models.Transformer(str(tiny)),
-        sentence_transformers.models.Pooling(48, pooling_mode=mode),
-        sentence_transformers.models.Dense(48, 32, activation_function=torch.nn.Tanh()),
-        sentence_transformers.models.Normalize(),
+        Transformer(str(tiny)),
+        Pooling(48, pooling_mode=mode),
+        Dense(48, 32, activation_function=torch.nn.Tanh()),
+        Normalize(),
     ]
     prompts = {"query": "find: ", "document": ""}
     whole = sentence_transformers.SentenceTransformer(modules=steps, device="cpu", prompts=prompts)
