@@ -13,11 +13,10 @@ import argparse
 import datetime
 import importlib.util
 import json
-import platform
 import random
 import statistics
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ import sentence_transformers
 import torch
 
 from taut import AutoTokenizer, SentenceTransformer
-
-PACKAGES = ("taut", "torch", "transformers", "sentence-transformers")
+from taut.bench.report import describe, versions
 
 
 def default_model() -> str:
@@ -89,20 +87,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.is_file() else []
-    name = names[0].partition(":")[2].strip() if names else platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
 def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    where = f"{report['model']} on {report['device']}, {report['threads']} threads"
+    device = report["device"]
+    where = f"{report['model']} on {device['name']}" + f", {device.get('threads', 0)} threads" * (
+        "threads" in device
+    )
     table = Table(title=f"{report['sentences']} sentences, {report['tokens']} tokens; {where}")
     for column in ("", "s", "s of the process", "sentences/s", "as fast", "difference"):
         table.add_column(column, justify="right" if column else "left")
@@ -120,10 +112,10 @@ def show(report: dict[str, Any]) -> None:
             f"{ratio:.2f}",
             f"{found['largest_difference']:.1e}",
         )
-    Console(width=max(110, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default=default_model(), help="folder or Hub id")
     parser.add_argument("--sentences", type=int, default=1000)
@@ -131,16 +123,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's own choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     report = {
         "benchmark": "embeddings",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": "all-MiniLM-L6-v2" if args.model == default_model() else Path(args.model).name,
-        "device": device_name(args.device),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": describe(torch.device(args.device)),
+        "versions": versions() | {"sentence-transformers": sentence_transformers.__version__},
         "sentences": args.sentences,
         **measure(args),
     }
