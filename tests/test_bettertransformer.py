@@ -9,13 +9,16 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import taut
 from taut.errors import RequestError
 from taut.layers.linear import Linear
 from tests import encoders, families, seq2seq
+from tests.engine.letters import ASCII, letters
 from tests.families import Case, checkpoint, oracle
-from tests.test_families import close
+from tests.test_families import close, every_device
 
 IDS = torch.tensor([[7, 30, 4, 9, 88], [12, 5, 0, 0, 0], [3, 0, 41, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
@@ -191,3 +194,60 @@ def test_what_the_bridge_can_not_take_is_named():
 def test_taut_imports_transformers_only_to_make_one_of_its_models():
     program = "import sys, taut; taut.to_bettertransformer; assert 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory) -> str:
+    """A small OPT in float16, as those on the Hub are, with a tokenizer of letters."""
+    folder = tmp_path_factory.mktemp("opt")
+    case = next(case for case in families.CASES if case.name == "opt")
+    model = taut.AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=torch.float16)
+    model.save_pretrained(folder)
+    letters(ASCII).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_program_of_an_encoder(tmp_path):
+    """Fast path on, off, saved in canonical form."""
+    source = checkpoint(encoders.CASES[0], "AutoModel")
+    model = taut.AutoModel.from_pretrained(source).to_bettertransformer()
+    model = model.reverse_bettertransformer()
+    model.save_pretrained(tmp_path / "saved_model")
+    saved, original = (load_file(f / "model.safetensors") for f in (tmp_path / "saved_model", source))
+    assert saved.keys() == original.keys() and all(torch.equal(saved[n], original[n]) for n in original)
+
+
+@every_device
+@pytest.mark.filterwarnings("ignore:`torch.backends.cuda.sdp_kernel")
+@pytest.mark.parametrize("older", [True, False])
+def test_the_program_of_a_decoder_restricted_to_one_kind_of_attention(opt, device, older):
+    model = taut.AutoModelForCausalLM.from_pretrained(opt, torch_dtype=torch.float16).to(device)
+    model.to_bettertransformer()
+    inputs = taut.AutoTokenizer.from_pretrained(opt)("Hello my dog is cute and", return_tensors="pt").to(
+        device
+    )
+    want = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    flash = {"enable_flash": True, "enable_math": False, "enable_mem_efficient": False}
+    with torch.backends.cuda.sdp_kernel(**flash) if older else sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        outputs = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        if device == "cpu":
+            with (
+                taut.attention_kernel("eager"),
+                pytest.raises(RequestError, match="leaves math attention out"),
+            ):
+                model(**inputs)
+    assert torch.equal(outputs, want) and outputs.shape == (1, inputs["input_ids"].shape[1] + 8)
+
+
+@every_device
+def test_the_program_of_everything_at_once(opt, device):
+    """FP4, computed in float16, the fast path and flash attention alone."""
+    config = taut.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+    model = taut.AutoModelForCausalLM.from_pretrained(opt, quantization_config=config, device=device)
+    model.to_bettertransformer()
+    inputs = taut.AutoTokenizer.from_pretrained(opt)("Hello my dog is cute and", return_tensors="pt").to(
+        device
+    )
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        outputs = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert outputs.shape[1] > inputs["input_ids"].shape[1] and model.is_loaded_in_4bit

