@@ -68,27 +68,48 @@ class Block(nn.Module):
         attend = partial(self.self_attn, batch=batch, rotation=rotation, relative=relative, bias=bias)
         if self.config.parallel:
             return self._parallel(x, attend)
-        x = self._add(x, self.input_layernorm, attend, self.post_attention_layernorm)
-        if self.after_attention_layernorm is not None:
-            x = self.after_attention_layernorm(x)
+        x = self._add(
+            x,
+            self.input_layernorm,
+            attend,
+            self.post_attention_layernorm,
+            self.after_attention_layernorm,
+        )
         if self.encoder_attn is not None:
-            x = self._cross(x, batch)
-        x = self._add(x, self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm)
-        return x if self.after_feedforward_layernorm is None else self.after_feedforward_layernorm(x)
+            source = partial(self.encoder_attn, batch=batch)
+            x = self._add(
+                x,
+                self.pre_encoder_attention_layernorm,
+                source,
+                None,
+                self.after_encoder_attention_layernorm,
+            )
+        return self._add(
+            x,
+            self.pre_feedforward_layernorm,
+            self.mlp,
+            self.post_feedforward_layernorm,
+            self.after_feedforward_layernorm,
+        )
 
-    def _add(self, x: Tensor, pre: Norm | None, inner: Callable[..., Tensor], post: Norm | None) -> Tensor:
-        """`x + scale * post(inner(pre(x)))`; the inner module does the norm before, and the sum where
-        nothing stands between."""
-        if post is None and self.config.scale is None:
-            return inner(x, norm=pre, residual=x)
-        y = inner(x, norm=pre)
-        y = y if post is None else post(y)
-        return x + y if self.config.scale is None else torch.add(x, y, alpha=self.config.scale)
-
-    def _cross(self, x: Tensor, batch: Batch) -> Tensor:
-        """`after(x + attn(pre(x), source))`"""
-        x = self._add(x, self.pre_encoder_attention_layernorm, partial(self.encoder_attn, batch=batch), None)
-        after = self.after_encoder_attention_layernorm
+    def _add(
+        self,
+        x: Tensor,
+        pre: Norm | None,
+        inner: Callable[..., Tensor],
+        post: Norm | None,
+        after: Norm | None,
+    ) -> Tensor:
+        """`after(x + scale * post(inner(pre(x))))`; the inner module does the norm before, and where nothing
+        stands between it and the sum, it or the norm after does that."""
+        if post is not None or self.config.scale is not None:
+            y = inner(x, norm=pre)
+            y = y if post is None else post(y)
+            x = x + y if self.config.scale is None else torch.add(x, y, alpha=self.config.scale)
+        elif after is not None and after.sums(x):
+            return after(inner(x, norm=pre), residual=x)
+        else:
+            x = inner(x, norm=pre, residual=x)
         return x if after is None else after(x)
 
     def _parallel(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:

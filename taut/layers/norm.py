@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taut.config import LayerScale as LayerScaleConfig
 from taut.config import Norm as NormConfig
 from taut.kernels.dispatch import ops
+from taut.kernels.gemv import WINNING_ROWS
 
 
 class Norm(nn.Module):
@@ -22,8 +23,13 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, dtype=dtype)) if config.bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The norm of `x`, or of `residual + x`, which has the dtype of the weight then."""
         kernel, dtype = ops("norm", x), self.weight.dtype
+        if residual is not None and self.config.kind == "rms":
+            return kernel.add_rms_norm(x, residual, self.weight, self.config.eps, self.config.offset)[0]
+        if residual is not None:
+            return kernel.add_layer_norm(x, residual, self.weight, self.bias, self.config.eps)[0]
         if x.dtype is not dtype:  # a stream that is wider than the model
             weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         else:
@@ -31,6 +37,11 @@ class Norm(nn.Module):
         if self.config.kind == "rms":
             return kernel.rms_norm(x, weight, self.config.eps, self.config.offset).to(dtype)
         return kernel.layer_norm(x, weight, bias, self.config.eps).to(dtype)
+
+    def sums(self, x: Tensor) -> bool:
+        """Whether what is added to the output of a product of `x` is best added here: there are too many rows
+        on a GPU for the product to do it."""
+        return x.is_cuda and x.dtype is self.weight.dtype and x.shape[0] > WINNING_ROWS
 
     def arguments(self) -> dict[str, Any]:
         """An RMSNorm as the arguments of a kernel that does it before something else."""
