@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import taut
 from taut import weights
+from taut.layers.linear import Linear
 from taut.layers.norm import Norm
 from taut.models import families, family, kind
 from tests.encoders import CASES
@@ -135,6 +136,25 @@ def labelled(
         return {"labels": torch.tensor([1, 0, 1, 1], device=real.device)}, [1 / rows] * rows
     spans = {"start_positions": real.long().argmax(1), "end_positions": real.long().cumsum(1).argmax(1)}
     return spans, [1 / rows] * rows
+
+
+@every_device
+@pytest.mark.parametrize("case", FIRST.values(), ids=str)
+@torch.no_grad()
+def test_packed_weights_compute_what_they_stand_for(case, device, tmp_path):
+    """In 4 bits exactly, in 8 but for the rounding of what they multiply; heads and poolers stay dense."""
+    head, given = "AutoModelForSequenceClassification", inputs(case, "left", device)
+    for options, bound in (({"load_in_4bit": True}, 1e-4), ({"load_in_8bit": True}, 0.05)):
+        model, dense = load(case, head, device, **options), load(case, head, device)
+        assert model.is_quantized and model.get_memory_footprint() < dense.get_memory_footprint()
+        for name, module in model.named_modules():
+            if isinstance(module, Linear) and module.packed is not None:
+                assert "classifier" not in name and "pooler" not in name
+                dense.get_submodule(name).weight.copy_(module.packed.dequantize(torch.float32))
+        close(model(**given).logits, dense(**given).logits, bound)
+        model.save_pretrained(tmp_path / str(bound))
+        again = getattr(taut, head).from_pretrained(tmp_path / str(bound), device=device)
+        assert torch.equal(again(**given).logits, model(**given).logits)
 
 
 @every_device

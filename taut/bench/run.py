@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from taut import auto
 from taut.bench import cases, peers, plot, report, shapes, table
 from taut.bench.cases import KINDS, UNCOUNTED, Case, Inputs
 from taut.bench.measure import Point, frozen, measure, release
@@ -19,7 +20,6 @@ from taut.config import DTYPES
 from taut.errors import RequestError
 from taut.hub import default_model
 from taut.layers.moe import Experts
-from taut.modeling import CausalLM
 from taut.placement import pick_device
 from taut.quant.config import BitsAndBytesConfig, named
 
@@ -69,7 +69,9 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
     shape = None if options.shape is None else shapes.find(options.shape)
     if shape is not None and options.model is not None:
         raise RequestError("--model and --shape both say what to measure; give one of them")
-    wanted = _cases(options, shape, device)
+    source = None if shape is not None else options.model or default_model()
+    loader = _loader(options, source) if shape is None else shape.auto
+    wanted = _cases(options, loader != "AutoModel", device)
     dtype = _dtype(options.dtype)
     if shape is not None and dtype is None:
         dtype = torch.bfloat16
@@ -85,16 +87,14 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
         plot.check(options.plot)
 
     span = max(case.span for case in wanted)
-    auto = "AutoModelForCausalLM" if shape is None else shape.auto
     if shape is not None:
         name = f"{options.shape} (random weights)"
         progress(f"{name} on {device}")
         model = make_model(shape, context=span, dtype=dtype, device=device)
     else:
-        source = options.model or default_model()
         name = Path(source).name if Path(source).exists() else source
         progress(f"{name} on {device}")
-        model = CausalLM.from_pretrained(
+        model = getattr(auto, loader).from_pretrained(
             source,
             dtype=dtype or "auto",
             device_map=device,
@@ -106,7 +106,7 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
                 f"{name} has a context of {model.config.context} tokens, and a case takes {span}; lower "
                 "--lengths, --contexts or --new-tokens"
             )
-    subjects, notes = _subjects(model, packing, options, auto=auto, device=device)
+    subjects, notes = _subjects(model, packing, options, auto=loader, device=device)
     release(device)
     found = Report(
         model=name,
@@ -144,6 +144,15 @@ def measure_all(options: Options, progress: Callable[[str], None] = lambda _: No
         if options.json is not None:
             found.write(options.json)
     return found
+
+
+def _loader(options: Options, source: str) -> str:
+    """The class that loads a folder, file or Hub id to be measured; a class without a head makes no text."""
+    access = {"revision": options.revision, "local_files_only": options.local_files_only}
+    kind = auto.AutoConfig.from_pretrained(source, **access).kind
+    if kind not in ("decoder", "encoder"):
+        raise RequestError(f"{source} is a model of the kind {kind!r}, which is not measured here")
+    return "AutoModel" if kind == "encoder" else "AutoModelForCausalLM"
 
 
 def _subjects(
@@ -201,16 +210,16 @@ def agreement(subjects: Sequence[Any], vocab: int, device: torch.device) -> dict
     return found
 
 
-def _cases(options: Options, shape: shapes.Shape | None, device: torch.device) -> list[Case]:
+def _cases(options: Options, generates: bool, device: torch.device) -> list[Case]:
     """The cases that the options ask for, with defaults that take minutes on a GPU or on a CPU."""
     gpu = device.type == "cuda"
-    able = [name for name, kind in KINDS.items() if shape is None or shape.generates or not kind.generates]
+    able = [name for name, kind in KINDS.items() if generates or not kind.generates]
     what = list(able) if options.what is None else cases.names("--what", options.what, list(KINDS))
     for kind in what:
         if kind not in able:
             raise RequestError(
-                f"--what has {kind!r}, and {options.shape} is an encoder, which generates no text; it has: "
-                f"{', '.join(able)}"
+                f"--what has {kind!r}, and {options.shape or options.model} is an encoder, which generates "
+                f"no text; it has: {', '.join(able)}"
             )
     if options.new_tokens <= UNCOUNTED and any(KINDS[kind].generates for kind in what):
         raise RequestError(
@@ -218,7 +227,7 @@ def _cases(options: Options, shape: shapes.Shape | None, device: torch.device) -
             "clock starts"
         )
     spans = "512,2048,4096" if gpu else "128,512"
-    if shape is not None and not shape.generates:
+    if not generates:
         spans = "128,256,512"
 
     def listed(option: str, given: str | None, default: str) -> list[int]:

@@ -34,19 +34,23 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 def takes(x: Tensor, weight: Tensor, pointwise: str | None = None) -> bool:
-    """Whether `linear` takes `x` `[rows, in]` and `weight` `[out, in]`: several rows, without gradients."""
-    return (
-        x.is_cpu
-        and x.dim() == 2
-        and x.shape[0] > 1
-        and x.dtype is weight.dtype
-        and x.is_contiguous()
-        and weight.is_contiguous()
-        and not weight.is_mkldnn
-        and pointwise in POINTWISE
-        and computes(x.dtype)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    )
+    """Whether `linear` takes `x` `[rows, in]` and `weight` `[out, in]`, with what follows."""
+    return pointwise in POINTWISE and refuses(x, weight) is None
+
+
+def refuses(x: Tensor, weight: Tensor) -> str | None:
+    """Why `linear` can't take these operands, or None."""
+    if not x.is_cpu:
+        return "runs on a CPU"
+    if x.dim() != 2 or x.shape[0] < 2:
+        return "wants several rows"
+    if x.dtype is not weight.dtype or not computes(x.dtype):
+        return f"multiplies float32, and bfloat16 where the CPU does; here it is {x.dtype}"
+    if weight.is_mkldnn or not (x.is_contiguous() and weight.is_contiguous()):
+        return "wants dense rows that lie one after the other"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "has no gradients"
+    return None
 
 
 def linear(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from taut.kernels import gemv
+from taut.kernels import gemv, onednn
 from taut.kernels.attention import Call, KeyRows, Pages, explain
 from taut.kernels.dispatch import device_refuses, triton_refuses
 from taut.kernels.linear import why_not_blocked
@@ -183,4 +183,6 @@ def _products(x: torch.Tensor, linear: Linear | Siblings, rows: int) -> list[Off
             why = f"cuBLAS is as fast beyond {gemv.WINNING_ROWS} rows"
         return [("gemv", why), ("cuBLAS", None)]
     why = None if weight.is_mkldnn else why_not_blocked(weight) or "made when generation begins"
-    return [("oneDNN, blocked weight", why), ("PyTorch", None)]
+    with torch.no_grad():
+        many = onednn.refuses(x.contiguous(), weight)
+    return [("oneDNN, blocked weight", why), ("oneDNN", many), ("PyTorch", None)]

@@ -20,6 +20,8 @@ from taut.bench.run import Options, measure_all
 from taut.bench.shapes import SHAPES
 from taut.cli.app import app
 from taut.modeling import CausalLM
+from tests import encoders
+from tests.families import checkpoint
 
 TINY = ["--shape", "tiny-llama", "--device", "cpu"]
 SUBJECTS = ["taut", "transformers eager", "transformers sdpa"]
@@ -205,6 +207,15 @@ def test_an_encoder_generates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes.Shape, "known", property(lambda self: True))
     with pytest.raises(ValueError, match=r"bert-base is an encoder.* it has: forward, padded, memory"):
         measure_all(Options(shape="bert-base", what="forward,decode"))
+    folder = str(checkpoint(encoders.CASES[0], "AutoModelForMaskedLM"))
+    with pytest.raises(ValueError, match=r"is an encoder, which generates no text; it has: forward, padded"):
+        measure_all(Options(model=folder, what="generate", device="cpu"))
+    options = {"what": "forward,padded", "lengths": "20", "batches": "3", "repeats": 1, "device": "cpu"}
+    report = measure_all(Options(model=folder, peers="sdpa", **options))
+    assert {(p.subject, p.what) for p in report.points} == {
+        (subject, what) for subject in ("taut", "transformers sdpa") for what in ("forward", "padded")
+    }
+    assert report.agreement["transformers sdpa"] < 1e-5
 
 
 @pytest.mark.parametrize(
