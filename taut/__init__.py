@@ -39,6 +39,7 @@ _HOMES = {
     "TextIteratorStreamer": "taut.engine.streamers",
     "TextStreamer": "taut.engine.streamers",
     "attention_kernel": "taut.kernels.attention",
+    "pipeline": "taut.pipelines",
     "reverse_bettertransformer": "taut.integrations.transformers",
     "to_bettertransformer": "taut.integrations.transformers",
 }
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from taut.integrations.transformers import to_bettertransformer as to_bettertransformer
     from taut.kernels.attention import attention_kernel as attention_kernel
     from taut.modeling import CausalLM as CausalLM
+    from taut.pipelines import pipeline as pipeline
     from taut.processor import AutoFeatureExtractor as AutoFeatureExtractor
     from taut.processor import AutoImageProcessor as AutoImageProcessor
     from taut.processor import AutoProcessor as AutoProcessor

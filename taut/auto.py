@@ -152,6 +152,14 @@ class AnyLanguageModel(_Auto):
     kinds = MappingProxyType({**AutoModelForCausalLM.kinds, **AutoModelForSeq2SeqLM.kinds})
 
 
+class AnyImageModel(_Auto):
+    """Loads what sees images, of a model of images and texts its half that does."""
+
+    kinds = MappingProxyType(
+        {"image encoder": ImageModel, "image tower": ImageModel, "image-text model": ImageModel}
+    )
+
+
 class AutoModelForTextEncoding(_Auto):
     """Loads the encoder of an encoder-decoder alone."""
 

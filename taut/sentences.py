@@ -84,18 +84,11 @@ class SentenceTransformer:
         texts = [sentences] if single else list(sentences)
         if (odd := next((text for text in texts if not isinstance(text, str)), None)) is not None:
             raise RequestError(f"a sentence is {odd!r}; expected text")
-        prefix = self._prompt(prompt_name, prompt)
-        texts = [f"{prefix}{text}" for text in texts]
-        texts = [text.lower() for text in texts] if self.lower else texts
-        ids = (
-            self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)["input_ids"]
-            if texts
-            else []
-        )
+        ids = self.token_ids(texts, prompt_name, prompt)
         most = batch_tokens or BATCH_TOKENS.get(self.device.type, 16384)
         order, found = sorted(range(len(ids)), key=lambda i: -len(ids[i])), []
         for rows in _progress(list(_batches(ids, order, most, batch_size)), show_progress_bar):
-            found.append(self._vectors([ids[row] for row in rows]))
+            found.append(self.vectors([ids[row] for row in rows]))
         place = torch.tensor(order, dtype=torch.int64, device=self.device).argsort()
         vectors = torch.cat(found)[place] if found else torch.zeros(0, self.dimension, device=self.device)
         vectors = F.normalize(vectors, dim=-1) if normalize_embeddings else vectors
@@ -126,7 +119,19 @@ class SentenceTransformer:
         """`dimension`, by sentence-transformers' name."""
         return self.dimension
 
-    def _vectors(self, rows: list[list[int]]) -> Tensor:
+    def token_ids(
+        self, texts: Sequence[str], prompt_name: str | None = None, prompt: str | None = None
+    ) -> list[list[int]]:
+        """The tokens of each text, behind its prompt and cut at `max_seq_length`."""
+        prefix = self._prompt(prompt_name, prompt)
+        texts = [f"{prefix}{text}" for text in texts]
+        texts = [text.lower() for text in texts] if self.lower else texts
+        if not texts:
+            return []
+        return self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)["input_ids"]
+
+    def vectors(self, rows: Sequence[list[int]]) -> Tensor:
+        """The vectors `[rows, dim]`, float32, of rows of tokens, in one batch."""
         batch = Batch.of(rows, self.device)
         vectors = pool(self.model.packed(self.model.model, batch), batch, self.pooling)
         for module in self.after:

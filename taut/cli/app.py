@@ -208,6 +208,68 @@ def chat(
 
 
 @app.command()
+def run(
+    task: Annotated[
+        str, typer.Argument(help="text-classification, ner, summarization ...; an unknown one lists all.")
+    ],
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file or Hub id.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Texts, questions, or paths of images or sounds; - reads lines of standard input.",
+        ),
+    ],
+    context: Annotated[
+        str | None, typer.Option(help="The text that holds the answers (question-answering).")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Labels to choose from, separated by commas (zero-shot).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the task; may be given several times."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Inputs computed together. Default: what the device likes.")
+    ] = None,
+    load_in: LoadIn = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    local_files_only: Local = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object a line, one for each input.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a task over inputs: classify, extract, fill, answer, summarize, translate, transcribe ...
+
+    An input that can't be used is an error on standard error, and the others go on.
+    """
+    with reported(debug):
+        from taut.cli import run as command
+
+        fine = command.run(
+            task,
+            model,
+            inputs,
+            context=context,
+            labels=labels,
+            settings=settings or (),
+            batch_size=batch_size,
+            as_json=json,
+            load_in=load_in,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        if not fine:
+            raise typer.Exit(1)
+
+
+@app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a 16-bit model.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="New folder for the result.", show_default=False)],

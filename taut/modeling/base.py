@@ -104,6 +104,11 @@ class PreTrainedModel(nn.Module):
         """Number of parameters, a tied head counted once."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
+    def newly_initialised(self) -> list[str]:
+        """Parameters that the checkpoint had no weights for, and that have to be trained."""
+        computed = weights.Leeway(fresh=self.computed)
+        return [param for param in self.load_report.fresh if not computed.may_lack(param)]
+
     def get_memory_footprint(self) -> int:
         """Bytes of all parameters and buffers."""
         return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
@@ -500,8 +505,7 @@ class PreTrainedModel(nn.Module):
 
 
 def _warn_fresh(model: PreTrainedModel, name: str) -> None:
-    report, computed = model.load_report, weights.Leeway(fresh=model.computed)
-    fresh = [param for param in report.fresh if not computed.may_lack(param)]
+    fresh, report = model.newly_initialised(), model.load_report
     if not fresh:
         return
     left_out = f"; of the checkpoint, {some(report.left_out)} was left out" if report.left_out else ""

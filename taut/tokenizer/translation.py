@@ -72,13 +72,19 @@ class TranslationTokenizer(Tokenizer):
         return {code: index for code, index in ids.items() if index is not None}
 
     @contextmanager
-    def _target_mode(self) -> Iterator[None]:
+    def reading(self, code: str) -> Iterator[None]:
+        """While it is open, texts are in another language than `src_lang`."""
         with self._lock:  # the template is a setting of the backend, and other threads use it too
-            self._write_language(self.tgt_lang or self.src_lang)
+            self._write_language(self._known_language("src_lang", code))
             try:
                 yield
             finally:
                 self._write_language(self.src_lang)
+
+    @contextmanager
+    def _target_mode(self) -> Iterator[None]:
+        with self.reading(self.tgt_lang or self.src_lang):
+            yield
 
     def _known_language(self, name: str, code: str) -> str:
         """A language of the family, or one that was added as a special token."""
