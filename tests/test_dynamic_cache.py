@@ -104,6 +104,17 @@ def test_a_plain_call_is_gone_on_from_too(pair):
     assert model(ids[:1]).past_key_values.tokens == [ids[0].tolist()]
 
 
+def test_modes_may_change_from_call_to_call(pair):
+    _, model = pair
+    ids = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
+    past = DynamicCache()
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad) * 2
+    for at, mode in enumerate(modes):
+        with mode():
+            out = model(ids[:, 5 * at : 5 * at + 5], past_key_values=past).logits
+    same(out, model(ids).logits[:, 25:30])
+
+
 def test_embeddings_are_gone_on_from_too(pair):
     _, model = pair
     ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))

@@ -99,7 +99,8 @@ class DynamicCache:
         def taken(cache: Tensor) -> Tensor:
             return cache.unflatten(0, (count, -1))[rows].flatten(0, 1)
 
-        self.keys, self.values = tuple(map(taken, self.keys)), tuple(map(taken, self.values))
+        with torch.inference_mode(False):  # which the next call may be outside of
+            self.keys, self.values = tuple(map(taken, self.keys)), tuple(map(taken, self.values))
 
     # -- for a forward -------------------------------------------------------------------------------------
 
@@ -196,8 +197,9 @@ class DynamicCache:
 
         attentions = [layer.attn for layer in model.config.layers]
         sizes = [(attn.kv_heads, attn.head_dim) for attn in attentions]
-        self.keys, self.values = (
-            tuple(grown(old, *size) for old, size in zip(kept or [None] * len(sizes), sizes, strict=True))
-            for kept in (self.keys, self.values)
-        )
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                tuple(grown(old, *size) for old, size in zip(kept or [None] * len(sizes), sizes, strict=True))
+                for kept in (self.keys, self.values)
+            )
         return pages
