@@ -6,18 +6,19 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from taut.engine.admit import check_request
 from taut.engine.beams import Beams
+from taut.engine.choose import Asked, choose, logprobs
 from taut.engine.drafts import Ledger, grouped
 from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
-from taut.engine.request import Ahead, Request, Row, TokenLogprobs
+from taut.engine.request import Request, Row
 from taut.engine.runner import Runner, turns_by_length
 from taut.engine.sampler import Sampler
 from taut.engine.scheduler import Scheduler, Work
@@ -104,56 +105,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `RequestError` for a request that can't be served: empty or too long, or with a token id
         that the model doesn't know."""
-        if request.id >= 0:
-            raise RequestError(f"request {request.id} was submitted before; make a new one to run it again")
+        check_request(request, self.model.config)
         self.scheduler.check(request)
-        if request.drafter is not None and request.group is not None:
-            raise RequestError("guesses are made for single rows, not for beams or guidance; leave one out")
-        self._check_source(request)
-        vocab = self.model.config.vocab_size
-        for name, ids in (
-            *(("prompt" if row is request else "negative prompt", row.prompt) for row in request.rows),
-            ("logit_bias", request.params.logit_bias),
-            *(("sequence_bias", ids) for ids in request.params.sequence_bias),
-            *(("bad_words", ids) for ids in request.params.bad_words),
-            ("eos_token_ids", request.params.eos_token_ids if request.params.min_new_tokens else ()),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab):
-                at, bad = next((at, token) for at, token in enumerate(ids) if not 0 <= token < vocab)
-                raise RequestError(
-                    f"{name} has token id {bad} at index {at}, but the model's ids are 0 to {vocab - 1}; "
-                    "was it made by another model's tokenizer?"
-                )
-
-    def _check_source(self, request: Request) -> None:
-        encoder, source = self.model.config.encoder, request.source
-        if (encoder is None) != (source is None):
-            raise RequestError(
-                "the model has no encoder, and the request a source for one; leave it out"
-                if encoder is None
-                else "the request has no source, what the encoder is to read; give its token ids"
-            )
-        if source is None:
-            return
-        if not len(source):
-            raise RequestError("the source is empty; give the encoder at least one token")
-        if isinstance(source, Tensor):
-            if source.dim() != 2 or source.shape[1] != encoder.dim:
-                raise RequestError(
-                    f"the source has shape {list(source.shape)}; expected [length, {encoder.dim}]"
-                )
-            return
-        if len(source) > encoder.context:
-            raise RequestError(
-                f"the source has {len(source)} tokens, and the encoder's context is {encoder.context}; "
-                "shorten it (truncation=True, max_length=...)"
-            )
-        if min(source) < 0 or max(source) >= encoder.vocab_size:
-            bad = next(token for token in source if not 0 <= token < encoder.vocab_size)
-            raise RequestError(
-                f"the source has token id {bad}, but the encoder's ids are 0 to {encoder.vocab_size - 1}; "
-                "was it made by another model's tokenizer?"
-            )
 
     def submit(self, request: Request) -> Request:
         """Queue a request and give it its number; raises `RequestError` if it can't be served."""
@@ -219,7 +172,7 @@ class Engine:
             if not item.ready:
                 self.scheduler.commit(item)
         events: list[Event] = []
-        asked: list[_Asked] = []
+        asked: list[Asked] = []
         at = 0
         for request, items in groupby((item for item in work if item.ready), lambda item: item.row.request):
             group = list(items)
@@ -228,7 +181,7 @@ class Engine:
             if isinstance(request.group, Beams):
                 events += self._choose(request, group, own)
             else:
-                asked.append(_Asked(request, group, own))
+                asked.append(Asked(request, group, own))
         events += self._take(asked, begun)
         if all(item.ready and item.count == 1 for item in work):
             drafted, right = (sum(one.checked[at] for one in asked) for at in range(2))
@@ -267,14 +220,14 @@ class Engine:
         self._finish(request, self._reason(request))
         return [Event(request, list(request.output))]
 
-    def _take(self, asked: list[_Asked], logits: Tensor | None) -> list[Event]:
+    def _take(self, asked: list[Asked], logits: Tensor | None) -> list[Event]:
         """Choose the next tokens of rows that are chosen for one by one, and take them in."""
         views = [view for one in asked for view in one.views()]
         if not views:
             return []
         if any(one.request.group for one in asked) or len(views) < logits.shape[0]:
             logits = torch.cat([one.logits() for one in asked])
-        chosen = self._sample(logits, views)
+        chosen = choose(self.sampler, logits, views)
         events, at = [], 0
         for one in asked:
             request, first = one.request, at
@@ -288,7 +241,7 @@ class Engine:
             events.append(Event(request, self._accept(one, chosen[first:at])))
         return events
 
-    def _accept(self, one: _Asked, chosen: list) -> list[int]:
+    def _accept(self, one: Asked, chosen: list) -> list[int]:
         """Take in the tokens that were chosen after a row's last token and after each of its drafts, as long
         as the drafts were right and nothing ends the row; gives these tokens."""
         request, drafts, taken = one.request, one.work[0].drafts, []
@@ -421,34 +374,6 @@ class Engine:
                     raise RequestError(f"request {request.id} is not one of this engine's")
                 self.step()
 
-    def _sample(self, logits: Tensor, rows: list[Row]) -> list[tuple[int, Tensor | None] | Exception]:
-        """For each row of `logits` `[n, vocab]`, its next token and scores, or why there is none.
-
-        Rows with processors of their own go alone, so that one that raises fails alone; the others go
-        together, and one by one only if there is something wrong with any of them.
-        """
-        chosen: list = [None] * len(rows)
-        plain = [at for at, row in enumerate(rows) if not row.logits_processors]
-        if len(plain) > 1:
-            some = logits if len(plain) == len(rows) else logits[plain]
-            try:
-                tokens, scores = self.sampler(some, [rows[at] for at in plain])
-            except TautError:
-                pass
-            else:
-                for index, at in enumerate(plain):
-                    chosen[at] = tokens[index], None if scores is None else scores[index]
-        for at, row in enumerate(rows):
-            if chosen[at] is None:
-                try:
-                    (token,), scores = self.sampler(logits[at : at + 1], [row])
-                    chosen[at] = token, None if scores is None else scores[0]
-                except Exception as error:
-                    if not row.logits_processors and not isinstance(error, TautError):
-                        raise
-                    chosen[at] = error
-        return chosen
-
     def _end(self, request: Request, token: int) -> None:
         """Finish a request for which `token` was the last."""
         params = request.params
@@ -505,34 +430,6 @@ class Engine:
             self.runner.scrub(self.scheduler.spoil(request))
         request.error = error
         self._finish(request, "error")
-
-
-@dataclass
-class _Asked:
-    """A request that is chosen for by itself: its work, and its rows of logits `[n, vocab]`."""
-
-    request: Request
-    work: list[Work]
-    raw: Tensor
-    checked: tuple[int, int] = (0, 0)  # guesses, and how many were right
-
-    def views(self) -> list[Row]:
-        """The request as it is before each token that may be chosen now: after its last, and after each of
-        its drafts."""
-        drafts = self.work[0].drafts
-        return [self.request, *(Ahead(self.request, drafts[: n + 1]) for n in range(len(drafts)))]
-
-    def logits(self) -> Tensor:
-        """What is chosen from, a row for each of `views`."""
-        return self.raw if self.request.group is None else self.request.group.combine(self.raw)
-
-
-def logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of a token and of the `count` likeliest, from `logits` `[vocab]`."""
-    values = logits.log_softmax(-1)
-    top = values.topk(min(count, values.shape[0]))
-    found = torch.cat((values[token : token + 1], top.values)).tolist()
-    return TokenLogprobs(found[0], list(zip(top.indices.tolist(), found[1:], strict=True)))
 
 
 def token_bytes(model) -> int:
