@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ def generate_batch(
     skip_special_tokens: bool = True,
     seed: int | None = None,
     return_exceptions: bool = False,
-    progress: bool | None = None,
+    progress: bool | Callable[[float], None] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
     """Continues each of `prompts`, however many there are, and gives the answers in their order.
@@ -54,8 +54,9 @@ def generate_batch(
 
     All options are those of `generate`. The longest prompts run first, so that the last rows to end are short
     ones; a seed gives the same answers in any order. `progress`: a bar on the terminal; default: only if
-    stderr is one. What is wrong with any prompt is raised before the first runs; what fails while it runs is
-    raised too, or stands in its place where `return_exceptions` is set.
+    stderr is one; or a function that is called with how many more prompts are answered. What is wrong with
+    any prompt is raised before the first runs; what fails while it runs is raised too, or stands in its place
+    where `return_exceptions` is set.
     """
     rows = _token_ids(prompts, tokenizer)
     if not rows:
@@ -84,7 +85,8 @@ def generate_batch(
             raise RequestError(f"prompt {index}: {error}") from None
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
     longest = [calls[index] for index in order]
-    with _bar(progress, len(rows)) as report:
+    shares = len(rows) / sum(len(call.requests) for call in calls)  # a prompt may be several requests
+    with _bar(progress, len(rows), shares) as report:
         _serve(engine_for(model, longest), longest, report, return_exceptions)
     answers = [_answer(call, tokenizer, skip_special_tokens) for call in calls]
     return answers
@@ -157,8 +159,11 @@ def _answer(call: Call, tokenizer: Any, skip_special_tokens: bool) -> Any:
 
 
 @contextmanager
-def _bar(wanted: bool | None, total: int) -> Iterator[Any]:
-    """A bar over the prompts that are done, or nothing."""
+def _bar(wanted: bool | Callable[[float], None] | None, total: int, shares: float) -> Iterator[Any]:
+    """What tells a bar, or a function, that so many requests are done, each a share of a prompt."""
+    if callable(wanted):
+        yield lambda done, tokens: wanted(done * shares)
+        return
     if wanted is False or (wanted is None and not sys.stderr.isatty()):
         yield lambda done, tokens: None
         return
@@ -174,6 +179,6 @@ def _bar(wanted: bool | None, total: int) -> Iterator[Any]:
             nonlocal made
             made += tokens
             passed = bar.tasks[0].elapsed or 1e-9
-            bar.update(task, advance=done, rate=f"{made / passed:.0f} tok/s")
+            bar.update(task, advance=done * shares, rate=f"{made / passed:.0f} tok/s")
 
         yield report

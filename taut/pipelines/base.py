@@ -59,8 +59,9 @@ class Pipeline:
     An item among several that can't be read or used gives an `ItemError` in its place, and a warning; alone,
     it raises.
 
-    A task describes itself by `settings`, its options, and three steps: `prepare` makes pieces of items,
-    `compute` runs the model over some, `finish` makes a result of an item's outputs.
+    A task describes itself by `settings`, its options, which `check` looks at once a call, and three steps:
+    `prepare` makes pieces of items, `compute` runs the model over some, `finish` makes a result of an item's
+    outputs.
     """
 
     task: str
@@ -125,6 +126,9 @@ class Pipeline:
             raise RequestError(f"{self.task} has no option {odd!r}{nearest(odd, known)}; {has}")
         return replace(defaults, **options)
 
+    def check(self, settings: Settings) -> None:
+        """Raises `RequestError` for options that no item can be used with."""
+
     def prepare(self, items: Sequence[Any], settings: Settings) -> list[list[Piece] | Exception]:
         """The pieces of each item, or the error that it gave."""
         return [attempt(lambda item=item: self.prepare_one(item, settings)) for item in items]
@@ -136,6 +140,12 @@ class Pipeline:
     def compute(self, pieces: Sequence[Piece], settings: Settings) -> Sequence[Any]:
         """One output for each piece, on the host."""
         raise NotImplementedError
+
+    def watched(
+        self, pieces: Sequence[Piece], settings: Settings, done: Callable[[float], None]
+    ) -> Sequence[Any]:
+        """`compute`; what takes long calls `done` meanwhile, with how many more items are."""
+        return self.compute(pieces, settings)
 
     def finish(self, item: Any, pieces: Sequence[Piece], outputs: Sequence[Any], settings: Settings) -> Any:
         """The result of an item."""
@@ -158,6 +168,7 @@ class Pipeline:
         settings = self.parse(options, self.defaults)
         size = self.batch_size if batch_size is None else batch_size
         size = None if size is None else _count("batch_size", size)
+        self.check(settings)
         if self.is_item(inputs):
             result = next(self._run([inputs], settings, size, lambda _: None))
             if isinstance(result, ItemError):
@@ -181,7 +192,7 @@ class Pipeline:
         items: Iterable[Any],
         settings: Settings,
         size: int | None,
-        advance: Callable[[int], None],
+        advance: Callable[[float], None],
     ) -> Iterator[Any]:
         """The results, in order, a window at a time."""
         items, done = iter(items), 0
@@ -191,7 +202,7 @@ class Pipeline:
                 done += 1
 
     def _window(
-        self, items: list[Any], settings: Settings, size: int | None, advance: Callable[[int], None]
+        self, items: list[Any], settings: Settings, size: int | None, advance: Callable[[float], None]
     ) -> list[Any]:
         """The result of each item, or the error that it gave."""
         prepared = self.prepare(items, settings)
@@ -210,10 +221,19 @@ class Pipeline:
 
         places.sort(key=lambda at: -piece(at).size)
         for group in self._groups(places, [piece(at).size for at in places], size):
-            for at, output in zip(group, self._compute([piece(at) for at in group], settings), strict=True):
+            said = 0.0
+
+            def done(count: float) -> None:
+                nonlocal said
+                said += count
+                advance(count)
+
+            found = self._compute([piece(at) for at in group], settings, done)
+            for at, output in zip(group, found, strict=True):
                 outputs[at[0]][at[1]] = output
                 left[at[0]] -= 1
-                advance(int(left[at[0]] == 0))
+                said -= left[at[0]] == 0
+            advance(-said)
         return [self._finish(*one, settings) for one in zip(items, prepared, outputs, strict=True)]
 
     def _groups(self, places: Sequence[Any], sizes: Sequence[int], size: int | None) -> Iterator[list[Any]]:
@@ -230,12 +250,14 @@ class Pipeline:
         if group:
             yield group
 
-    def _compute(self, pieces: Sequence[Piece], settings: Settings) -> Sequence[Any]:
-        """`compute`, where a batch that is too much for the memory is cut in two, and one that fails is
+    def _compute(
+        self, pieces: Sequence[Piece], settings: Settings, done: Callable[[float], None]
+    ) -> Sequence[Any]:
+        """`watched`, where a batch that is too much for the memory is cut in two, and one that fails is
         computed one by one to find whose fault it is."""
         try:
             with torch.no_grad():
-                return self.compute(pieces, settings)
+                return self.watched(pieces, settings, done)
         except torch.OutOfMemoryError:
             if len(pieces) == 1:
                 raise
@@ -244,7 +266,8 @@ class Pipeline:
             if len(pieces) == 1:
                 return [error]
         middle = len(pieces) // 2
-        return [*self._compute(pieces[:middle], settings), *self._compute(pieces[middle:], settings)]
+        halves = pieces[:middle], pieces[middle:]
+        return [output for half in halves for output in self._compute(half, settings, done)]
 
     def _finish(
         self, item: Any, pieces: list[Piece] | Exception, outputs: Sequence[Any], settings: Settings
@@ -295,7 +318,7 @@ def _each(items: Any) -> Iterable[Any]:
 
 
 @contextmanager
-def _bar(wanted: bool | None, task: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def _bar(wanted: bool | None, task: str, total: int | None) -> Iterator[Callable[[float], None]]:
     """What advances a bar over so many items (None: nobody knows), or does nothing."""
     if wanted is False or (wanted is None and (total == 1 or not sys.stderr.isatty())):
         yield lambda _: None

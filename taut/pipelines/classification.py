@@ -28,17 +28,22 @@ def apply(logits: Tensor, config: ModelConfig, function: str | None) -> Tensor:
         else:
             function = "softmax"
     function = str(function).lower()
-    if function not in FUNCTIONS:
-        raise RequestError(f"function_to_apply is {function!r}; known: {', '.join(FUNCTIONS)}")
     return {"softmax": lambda: logits.softmax(-1), "sigmoid": logits.sigmoid, "none": lambda: logits}[
         function
     ]()
 
 
+def check_labels(settings: Any) -> None:
+    """Raises `RequestError` for a `top_k` or `function_to_apply` that there isn't."""
+    top_k, function = settings.top_k, settings.function_to_apply
+    if top_k not in (None, UNSET) and (not isinstance(top_k, int) or top_k < 1):
+        raise RequestError(f"top_k is {top_k!r}; expected an integer >= 1, or None for all labels")
+    if function is not None and str(function).lower() not in FUNCTIONS:
+        raise RequestError(f"function_to_apply is {function!r}; known: {', '.join(FUNCTIONS)}")
+
+
 def labelled(scores: Tensor, config: ModelConfig, top_k: int | None) -> list[dict[str, Any]]:
     """The `top_k` best labels of scores `[labels]` (None: all), the best first."""
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise RequestError(f"top_k is {top_k!r}; expected an integer >= 1, or None for all labels")
     order = scores.sort(descending=True, stable=True).indices[:top_k].tolist()
     return [{"label": config.id2label[index], "score": scores[index].item()} for index in order]
 
@@ -54,6 +59,9 @@ class TextClassificationSettings(Settings):
     truncation: bool | str | None = None
     max_length: int | None = None
     padding: bool | str | None = None
+
+    def __post_init__(self) -> None:
+        check_labels(self)
 
 
 class TextClassification(TextPipeline):
@@ -125,9 +133,12 @@ class ZeroShotClassification(TextPipeline):
         given = {} if candidate_labels is None else {"candidate_labels": candidate_labels}
         return super().__call__(inputs, **given, **options)
 
+    def check(self, settings: ZeroShotSettings) -> None:
+        settings.labels()
+        self._entailment()
+
     def prepare_one(self, item: Any, settings: ZeroShotSettings) -> list[Piece]:
         labels, text = settings.labels(), as_text(item, self.task)
-        self._entailment()
         sentences = [settings.hypothesis_template.format(label) for label in labels]
         rows = self.encode([text] * len(labels), sentences, truncation="only_first")
         return [self.piece(row) for row in rows]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from taut.engine.call import ARGUMENTS, TAKEN
-from taut.engine.generation import check_known
+from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.offline import Generated
 from taut.errors import RequestError
 from taut.pipelines.base import Piece, Settings
@@ -90,16 +90,27 @@ class GeneratingPipeline(TextPipeline):
         given = settings.generate.get("generation_config")
         return {} if given is None else given.to_dict()
 
-    def compute(self, pieces: Sequence[Piece], settings: GenerationSettings) -> Sequence[Any]:
+    def check(self, settings: GenerationSettings) -> None:
+        own = (*ARGUMENTS, *TAKEN)
+        options = {name: value for name, value in settings.generate.items() if name not in own}
+        GenerationConfig(**options).require_supported()
+
+    def watched(
+        self, pieces: Sequence[Piece], settings: GenerationSettings, done: Callable[[float], None]
+    ) -> Sequence[Any]:
         """What was generated for each piece, a list of `Generated`, or the error that it ended with."""
         options = self.generation(settings) | {"return_dict_in_generate": True}
         rows = [piece.inputs["input_ids"] for piece in pieces]
         if options.get("streamer") is not None:
             return [self._streamed(row, options) for row in rows]
         options.pop("streamer", None)
-        found = self.model.generate_batch(
-            rows, **{"tokenizer": self.tokenizer, **options}, progress=False, return_exceptions=True
-        )
+        options = {"tokenizer": self.tokenizer, **options}
+        try:
+            found = self.model.generate_batch(rows, **options, progress=done, return_exceptions=True)
+        except RequestError as error:
+            if len(rows) > 1:  # it is found out whose it is
+                raise
+            raise RequestError(str(error).removeprefix("prompt 0: ")) from None
         return [[one] if isinstance(one, Generated) else one for one in found]
 
     def _streamed(self, row: Sequence[int], options: Mapping[str, Any]) -> list[Generated]:
@@ -197,6 +208,11 @@ class TextGeneration(GeneratingPipeline):
             ids = [token for token, real in zip(ids, encoded["attention_mask"], strict=True) if real]
         if settings.handle_long_generation == "hole":
             ids = self._with_hole(ids, settings)
+        if len(ids) >= self.model.config.context:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and the model's context is {self.model.config.context}, "
+                "which leaves no room for new ones; shorten it, or pass handle_long_generation='hole'"
+            )
         shown = len(ids)  # what follows is the answer
         if not ids and self.model.generation_config.bos_token_id is not None:
             ids = [self.model.generation_config.bos_token_id]
@@ -321,6 +337,10 @@ class Translation(Text2TextGeneration):
     task = "translation"
     name = "translation"
     settings = TranslationSettings
+
+    def check(self, settings: TranslationSettings) -> None:
+        super().check(settings)
+        self._languages(settings)
 
     def prepare_one(self, item: Any, settings: TranslationSettings) -> list[Piece]:
         source, _ = self._languages(settings)

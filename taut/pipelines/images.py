@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taut.errors import RequestError
 from taut.pipelines.base import Piece, Pipeline, Settings
-from taut.pipelines.classification import apply, labelled
+from taut.pipelines.classification import apply, check_labels, labelled
 
 
 class ImagePipeline(Pipeline):
@@ -55,6 +55,9 @@ class ImageClassificationSettings(Settings):
     top_k: int | None = 5
     function_to_apply: str | None = None
     timeout: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        check_labels(self)
 
 
 class ImageClassification(ImagePipeline):
@@ -99,20 +102,21 @@ class ImageFeatureExtraction(ImagePipeline):
     task = "image-feature-extraction"
     settings = ImageFeatureSettings
 
-    def prepare_one(self, item: Any, settings: ImageFeatureSettings) -> list[Piece]:
-        return self.see(item, timeout=settings.timeout, **(settings.image_processor_kwargs or {}))
-
-    def compute(self, pieces: Sequence[Piece], settings: ImageFeatureSettings) -> Sequence[Tensor]:
-        if not settings.pool:
-            return self.run(pieces, lambda output: output.last_hidden_state)
-        if self.model.model.pooler is None or any(
-            "pooler" in name for name in self.model.newly_initialised()
-        ):
+    def check(self, settings: ImageFeatureSettings) -> None:
+        fresh = any("pooler" in name for name in self.model.newly_initialised())
+        if settings.pool and (fresh or self.model.model.pooler is None):
             raise RequestError(
                 f"pool=True needs a pooler's weights, which this {self.model.architecture()} lacks; leave it "
                 "out for the vectors of all tokens"
             )
-        return self.run(pieces, lambda output: output.pooler_output)
+
+    def prepare_one(self, item: Any, settings: ImageFeatureSettings) -> list[Piece]:
+        return self.see(item, timeout=settings.timeout, **(settings.image_processor_kwargs or {}))
+
+    def compute(self, pieces: Sequence[Piece], settings: ImageFeatureSettings) -> Sequence[Tensor]:
+        return self.run(
+            pieces, lambda output: output.pooler_output if settings.pool else output.last_hidden_state
+        )
 
     def finish(
         self, item: Any, pieces: Sequence[Piece], outputs: Sequence[Tensor], settings: ImageFeatureSettings

@@ -36,10 +36,14 @@ class FillMask(TextPipeline):
         results = super().__call__(inputs, **options)
         return results[0] if isinstance(inputs, list) and len(inputs) == 1 else results  # as in transformers
 
+    def check(self, settings: FillMaskSettings) -> None:
+        if self.tokenizer.mask_token_id is None:
+            raise RequestError("fill-mask needs a tokenizer with a mask token, and this one has none")
+        if settings.targets is not None:
+            self._targets(settings.targets)
+
     def prepare_one(self, item: Any, settings: FillMaskSettings) -> list[Piece]:
         mask = self.tokenizer.mask_token_id
-        if mask is None:
-            raise RequestError("fill-mask needs a tokenizer with a mask token, and this one has none")
         encoding = self.encode([as_text(item, self.task)], **(settings.tokenizer_kwargs or {}))[0]
         places = [place for place, token in enumerate(encoding.ids) if token == mask]
         if not places:

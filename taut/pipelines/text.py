@@ -50,7 +50,11 @@ class TextPipeline(Pipeline):
             )
 
     def piece(self, encoding: Encoding, note: Any = None) -> Piece:
-        """The inputs of one row that the model knows."""
+        """The inputs of one row that the model knows; `RequestError` for one without tokens."""
+        if not encoding.ids:
+            raise RequestError(
+                "the text is empty, and the tokenizer adds no token of its own; give some text"
+            )
         inputs = {"input_ids": encoding.ids}
         if any(features.given == "token_type_ids" for features in self.model.config.features):
             inputs["token_type_ids"] = encoding.type_ids

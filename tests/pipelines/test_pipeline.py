@@ -125,6 +125,34 @@ def test_an_item_that_cannot_be_used_is_an_error_in_its_place(task):
         pipe(7, **options)
 
 
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("text-classification", {"top_k": 0}),
+        ("zero-shot-classification", {}),
+        ("fill-mask", {"targets": []}),
+        ("text-generation", {"temperature": -1.0}),
+        ("text-generation", {"penalty_alpha": 0.5}),
+    ],
+    ids=str,
+)
+def test_options_that_no_item_can_be_used_with_raise_at_once(task, options):
+    with pytest.raises(RequestError, match=next(iter(options), "candidate_labels")):
+        ours(task)(TASKS[task][0], **options)
+
+
+def test_generation_tells_how_far_it_is_before_its_window_ends():
+    pipe, told = ours("text-generation"), []
+    settings = pipe.parse(GREEDY, pipe.defaults)
+    pieces = [pipe.prepare_one(text, settings)[0] for text in ("a", "bcd", "ef")]
+    pipe.watched(pieces, settings, told.append)
+    assert sum(told) == 3
+    told.clear()
+    drawn = pipe.parse({"do_sample": True, "num_return_sequences": 2}, settings)
+    pipe.watched(pieces, drawn, told.append)
+    assert sum(told) == pytest.approx(3)
+
+
 def test_a_bar_shows_how_far_it_is(capfd, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # what is captured is no terminal
     pipe = ours("text-classification")

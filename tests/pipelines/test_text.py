@@ -203,6 +203,12 @@ def test_an_unknown_architecture_is_judged_by_its_weights(tmp_path):
         ("text-generation", "a", {"max_new_token": 3}, "'max_new_token'; nearest: max_new_tokens"),
         ("text-generation", "a", {"handle_long_generation": "x"}, "'x'; known: 'hole'"),
         ("text-generation", "a", {"output_scores": True}, "for model.generate"),
+        (
+            "text-generation",
+            "a",
+            {**GREEDY, "num_return_sequences": 2},
+            "^num_return_sequences is 2 with greedy",
+        ),
     ],
     ids=str,
 )
