@@ -21,6 +21,7 @@ _HOMES = {
     "AutoModelForQuestionAnswering": "taut.auto",
     "AutoModelForSeq2SeqLM": "taut.auto",
     "AutoModelForSequenceClassification": "taut.auto",
+    "AutoModelForSpeechSeq2Seq": "taut.auto",
     "AutoModelForTextEncoding": "taut.auto",
     "AutoModelForTokenClassification": "taut.auto",
     "AutoModelForZeroShotImageClassification": "taut.auto",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from taut.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
     from taut.auto import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from taut.auto import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from taut.auto import AutoModelForSpeechSeq2Seq as AutoModelForSpeechSeq2Seq
     from taut.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
     from taut.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
     from taut.auto import (

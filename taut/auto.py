@@ -24,6 +24,8 @@ from taut.modeling import (
     Seq2SeqLM,
     Seq2SeqModel,
     SequenceClassifier,
+    SpeechSeq2SeqLM,
+    SpeechSeq2SeqModel,
     TextTower,
     TokenClassifier,
 )
@@ -129,6 +131,7 @@ class AutoModel(_Auto):
             "image encoder": ImageModel,
             "image-text model": ContrastiveModel,
             "image tower": ImageModel,
+            "speech encoder-decoder": SpeechSeq2SeqModel,
             "text tower": TextTower,
         }
     )
@@ -144,6 +147,12 @@ class AutoModelForSeq2SeqLM(_Auto):
     """Loads an encoder-decoder that predicts the next token, and generates."""
 
     kinds = MappingProxyType({"encoder-decoder": Seq2SeqLM})
+
+
+class AutoModelForSpeechSeq2Seq(_Auto):
+    """Loads an encoder of sound with a decoder that writes what was said."""
+
+    kinds = MappingProxyType({"speech encoder-decoder": SpeechSeq2SeqLM})
 
 
 class AnyLanguageModel(_Auto):
@@ -221,6 +230,7 @@ AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
             AutoModel,
             AutoModelForCausalLM,
             AutoModelForSeq2SeqLM,
+            AutoModelForSpeechSeq2Seq,
             AutoModelForTextEncoding,
             AutoModelForMaskedLM,
             AutoModelForSequenceClassification,
@@ -264,7 +274,7 @@ def class_names() -> dict[str, tuple[str, type[_Auto]]]:
         module = family(model_type)
         for suffix, auto in SUFFIXES.items():
             name = f"{stem(module)}{suffix}"
-            if suffix in CAUSAL or auto is AutoModelForSeq2SeqLM:
+            if suffix in CAUSAL or auto in (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq):
                 name = module.ARCHITECTURE
             if auto is AutoModelForTextEncoding:  # transformers has such a class for few
                 name = f"{stem(module)}{EncoderModel.suffix}"

@@ -365,8 +365,9 @@ class ModelConfig:
     where there is an `embed_dim`, the projection to `dim`. `weights_of` names for each layer the first one
     with the same weights.
 
-    `patches`: how a picture becomes the tokens of an image encoder. `contrast`: the encoders of a model of
-    texts and pictures, of which this is the texts'.
+    `patches`: how a picture becomes the tokens of an image encoder; `mel_bins`: the bands of the spectrograms
+    that an encoder hears. `contrast`: the encoders of a model of texts and pictures, of which this is the
+    texts'.
 
     Looking up the token `padding` teaches its vector nothing. `wide`: between blocks a float16 model is
     float32, since what they add up to is too large.
@@ -397,6 +398,7 @@ class ModelConfig:
     pairing: Pairing | None = None
     decoder_start_token_id: int | None = None
     patches: Patches | None = None
+    mel_bins: int | None = None
     contrast: Contrast | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None

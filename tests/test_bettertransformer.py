@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import taut
 from taut.errors import RequestError
 from taut.layers.linear import Linear
-from tests import encoders, families, seq2seq
+from tests import encoders, families, seq2seq, speech_seq2seq
 from tests.engine.letters import ASCII, letters
 from tests.families import Case, checkpoint, oracle
 from tests.test_families import close, every_device
@@ -28,6 +28,7 @@ MODELS = [
     (case, head)
     for head, cases in (
         ("AutoModelForSeq2SeqLM", seq2seq.CASES),
+        ("AutoModelForSpeechSeq2Seq", speech_seq2seq.CASES),
         ("AutoModelForCausalLM", families.CASES),
         ("AutoModelForMaskedLM", encoders.CASES),
     )
@@ -42,6 +43,8 @@ def load(case: Case, head: str, **options):
 
 
 def given(head: str) -> dict[str, torch.Tensor]:
+    if "Speech" in head:
+        return {"input_features": speech_seq2seq.features(len(IDS)), "decoder_input_ids": IDS}
     return GIVEN | ({"decoder_input_ids": IDS} if "Seq2Seq" in head else {})
 
 

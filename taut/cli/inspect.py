@@ -53,7 +53,7 @@ def part_of(name: str) -> str:
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token adds to the cache, all layers together: a token of a decoder,
     and as many a token that its cross-attention attends to. 0 for what caches nothing."""
-    if config.kind not in ("decoder", "encoder-decoder"):
+    if config.kind not in ("decoder", "encoder-decoder", "speech encoder-decoder"):
         return 0
     return sum(2 * layer.attn.kv_heads * layer.attn.head_dim for layer in config.layers) * dtype.itemsize
 
@@ -169,10 +169,18 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
             "layer_kinds": kinds_of_layers(config),
             "encoder_layer_kinds": None if encoder is None else kinds_of_layers(encoder),
             "image": _image(config),
+            "spectrogram": _spectrogram(encoder),
         },
         "unused_config_keys": list(config.unused),
         "tokenizer": tokenizer_facts(path),
     }
+
+
+def _spectrogram(encoder: ModelConfig | None) -> dict[str, Any] | None:
+    """The spectrograms that an encoder hears; None for one that hears nothing."""
+    if encoder is None or encoder.mel_bins is None:
+        return None
+    return {"mel_bins": encoder.mel_bins, "frames": 2 * encoder.context}
 
 
 def _image(config: ModelConfig) -> dict[str, Any] | None:
@@ -260,6 +268,9 @@ def show(facts: dict[str, Any]) -> None:
         row("images", f"{pixels} pixels in patches of {patch}: {config['image']['tokens']} tokens")
         if config["image"]["layer_kinds"] is not None:
             row("image layers", "\n".join(map(_layer_text, config["image"]["layer_kinds"])))
+    if config["spectrogram"] is not None:
+        heard = config["spectrogram"]
+        row("spectrograms", f"{heard['mel_bins']} mel bins, {heard['frames']} frames at a time")
     if encoder is not None:
         row("encoder", "\n".join(map(_layer_text, encoder)))
     row("layers" if encoder is None else "decoder", "\n".join(map(_layer_text, config["layer_kinds"])))

@@ -149,7 +149,8 @@ class CrossAttention(Attention):
         super().__init__(config, index, dtype)
         q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q_proj = Linear(dim, q, bias=config.qkv_bias, dtype=dtype)
-        self.kv_proj = Linear(source_dim, {"k_proj": kv, "v_proj": kv}, bias=config.qkv_bias, dtype=dtype)
+        biased = config.qkv_bias if config.k_bias else ("v_proj",) * config.qkv_bias
+        self.kv_proj = Linear(source_dim, {"k_proj": kv, "v_proj": kv}, bias=biased, dtype=dtype)
         self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
 
     def forward(

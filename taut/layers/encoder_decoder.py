@@ -9,6 +9,7 @@ from taut.config import ModelConfig
 from taut.errors import ConfigError
 from taut.layers.block import Decoder
 from taut.layers.encoder import Encoder
+from taut.layers.mel import MelEncoder
 
 
 class EncoderDecoder(nn.Module):
@@ -24,7 +25,7 @@ class EncoderDecoder(nn.Module):
                     f"decoder layer {index} has key heads (count, size) {own} for itself and {cross} for its "
                     "source; both lie in one cache, so they must be equal"
                 )
-        self.encoder = Encoder(config.encoder, dtype=dtype)
+        self.encoder = encoder_of(config, dtype)
         self.decoder = Decoder(config, dtype=dtype)
         if config.pairing.shared:
             self.decoder.embed_tokens = self.encoder.embed_tokens
@@ -37,3 +38,9 @@ class EncoderDecoder(nn.Module):
         for attn in (layer.encoder_attn for layer in self.decoder.layers):
             for made, cache in zip(attn.keys(hidden), (keys, values), strict=True):
                 cache[attn.index].flatten(0, 1).index_copy_(0, slots, made)
+
+
+def encoder_of(config: ModelConfig, dtype: torch.dtype | None) -> Encoder | MelEncoder:
+    """The encoder beside a decoder `config`: of tokens, or of spectrograms."""
+    kind = Encoder if config.encoder.mel_bins is None else MelEncoder
+    return kind(config.encoder, dtype=dtype)

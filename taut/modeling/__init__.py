@@ -15,3 +15,5 @@ from taut.modeling.output import ModelOutput as ModelOutput
 from taut.modeling.seq2seq import EncoderModel as EncoderModel
 from taut.modeling.seq2seq import Seq2SeqLM as Seq2SeqLM
 from taut.modeling.seq2seq import Seq2SeqModel as Seq2SeqModel
+from taut.modeling.speech_seq2seq import SpeechSeq2SeqLM as SpeechSeq2SeqLM
+from taut.modeling.speech_seq2seq import SpeechSeq2SeqModel as SpeechSeq2SeqModel

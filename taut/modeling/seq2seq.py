@@ -18,7 +18,7 @@ from taut.engine.sources import encoder_states
 from taut.errors import RequestError
 from taut.layers.block import Decoder
 from taut.layers.encoder import Encoder
-from taut.layers.encoder_decoder import EncoderDecoder
+from taut.layers.encoder_decoder import EncoderDecoder, encoder_of
 from taut.modeling.base import PreTrainedModel
 from taut.modeling.language import LanguageHead
 from taut.modeling.output import Later, ModelOutput
@@ -323,7 +323,7 @@ class EncoderModel(Seq2SeqModel):
         self, config: ModelConfig, *, encoder: Encoder | None = None, dtype: torch.dtype | None = None
     ):
         PreTrainedModel.__init__(self, config)
-        encoder = Encoder(config.encoder, dtype=dtype) if encoder is None else encoder
+        encoder = encoder_of(config, dtype) if encoder is None else encoder
         self.model = nn.ModuleDict({"encoder": encoder})
 
     @property
@@ -357,16 +357,13 @@ def needed(labels: Tensor) -> Tensor:
 
 
 def tables(
-    config: ModelConfig, tensors: Mapping[str, LazyTensor]
+    config: ModelConfig, tensors: Mapping[str, LazyTensor], head: str = "lm_head.weight"
 ) -> tuple[ModelConfig, Mapping[str, LazyTensor]]:
     """The config, and a checkpoint's tensors with one name for each table of tokens. Whether the stacks share
-    theirs, and whether the head is the decoder's, tensors know best: where there are two, they are two."""
+    theirs, and whether `head` is the decoder's, tensors know best: where there are two, they are two."""
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
-    one, ours, theirs, head = (
-        f"{prefix}shared.weight",
-        f"{prefix}decoder.embed_tokens.weight",
-        f"{prefix}encoder.embed_tokens.weight",
-        "lm_head.weight",
+    one, ours, theirs = (
+        f"{prefix}{name}.weight" for name in ("shared", "decoder.embed_tokens", "encoder.embed_tokens")
     )
 
     def differ(first: str, second: str) -> bool:

@@ -60,8 +60,8 @@ def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelCo
 
 
 def kind(module: ModuleType) -> str:
-    """The `ModelConfig.kind` of a family."""
-    return _KINDS[_suffix(module.ARCHITECTURE)]
+    """The `ModelConfig.kind` of a family: its `KIND`, or what its `ARCHITECTURE` says."""
+    return getattr(module, "KIND", None) or _KINDS[_suffix(module.ARCHITECTURE)]
 
 
 def stem(module: ModuleType) -> str:
