@@ -296,12 +296,8 @@ class Text2TextGeneration(GeneratingPipeline):
 
     def prepare_one(self, item: Any, settings: GenerationSettings) -> list[Piece]:
         text = self.prefix + as_text(item, self.task)
-        ids = self.encode([text], truncation=settings.truncation)[0].ids
-        if not ids:
-            raise RequestError(
-                "the text is empty, and its tokenizer adds no token of its own; give some text"
-            )
-        return [_prompt(ids)]
+        encoding = self.encode([text], truncation=settings.truncation)[0]
+        return [_prompt(self.piece(encoding).inputs["input_ids"])]
 
     def finish(
         self, item: Any, pieces: Sequence[Piece], outputs: Sequence[Any], settings: GenerationSettings

@@ -98,11 +98,11 @@ def bert(head: str, labels: Mapping[int, str] | None = None, **options: Any) -> 
     return write(name, f"BertFor{head}" if head else "BertModel", config, text)
 
 
-def llama() -> Path:
-    """A tiny Llama that talks in letters."""
+def llama(kind: str = "LlamaForCausalLM") -> Path:
+    """A tiny Llama that reads letters."""
     config = {**SMALL, "vocab_size": 98, "max_position_embeddings": 64, "num_key_value_heads": 2}
     config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return write("llama", "LlamaForCausalLM", config, letters(chat_template=CHAT))
+    return write(kind, kind, config, letters(chat_template=CHAT))
 
 
 def t5(**tasks: Any) -> Path:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import taut
 from taut.errors import RequestError
 from taut.pipelines import ItemError, KeyDataset, KeyPairDataset
+from tests.pipelines.folders import llama
 from tests.pipelines.test_text import CHAT, GREEDY, MASKED, NAMED, TEXTS, ours, same
 
 TASKS: dict[str, tuple[list[Any], dict[str, Any]]] = {
@@ -151,6 +153,16 @@ def test_generation_tells_how_far_it_is_before_its_window_ends():
     drawn = pipe.parse({"do_sample": True, "num_return_sequences": 2}, settings)
     pipe.watched(pieces, drawn, told.append)
     assert sum(told) == pytest.approx(3)
+
+
+def test_a_text_without_tokens_is_an_error_of_its_own():
+    folder = llama("LlamaForSequenceClassification")
+    pipe = taut.pipeline(model=folder, device="cpu")
+    assert pipe.task == "text-classification"
+    with pytest.warns(UserWarning, match="item 1: the text is empty, and the tokenizer adds no token"):
+        got = pipe(["hello", "", "a"])
+    reference = transformers.pipeline("text-classification", str(folder), device="cpu")
+    same([got[0], got[2]], reference(["hello", "a"]))
 
 
 def test_a_bar_shows_how_far_it_is(capfd, monkeypatch):

@@ -75,7 +75,7 @@ def test_defaults_are_those_of_the_fourth_release():
     config = taut.GenerationConfig(num_beams=3, max_length=9)
     settings = pipe.parse({"generation_config": config}, pipe.defaults)
     assert pipe.generation(settings) == {"generation_config": config}
-    with pytest.raises(RequestError, match="the text is empty, and its tokenizer adds no token"):
+    with pytest.raises(RequestError, match="the text is empty, and the tokenizer adds no token"):
         pipe("")
     with pytest.raises(RequestError, match="src_lang and tgt_lang are for models of several languages"):
         taut.pipeline("translation", t5(**SPECIFIC), tgt_lang="fr")("a")
