@@ -20,7 +20,7 @@ from taut.pipelines.base import Pipeline as Pipeline
 from taut.pipelines.datasets import KeyDataset as KeyDataset
 from taut.pipelines.datasets import KeyPairDataset as KeyPairDataset
 from taut.pipelines.similarity import SentenceSimilarity
-from taut.pipelines.tasks import MEDIA, TASKS, TEXT, Task, find, lacks, likeliest, require_head
+from taut.pipelines.tasks import MEDIA, TASKS, TEXT, Task, find, fitting, lacks, likeliest
 from taut.placement import pick_device
 from taut.processor import AutoFeatureExtractor, AutoProcessor
 from taut.sentences import SentenceTransformer
@@ -140,15 +140,14 @@ def _chosen(task: str | None, config: ModelConfig, source: str, loaded: Any = No
     """The name of the task and what it is, of a checkpoint or a loaded model that has its head."""
     if loaded is None:
         name, found = find(likeliest(config, source) if task is None else task)
-        require_head(config, name, found, source)
-        return name, found
-    able = [name for name, one in TASKS.items() if _does(loaded, one)]
+        return name, fitting(config, name, found, source)
+    able = {name: one for name, entries in TASKS.items() for one in entries if _does(loaded, one)}
     if not able:
         raise RequestError(f"{source} has no head for any task; known: {', '.join(TASKS)}")
-    name, found = find(able[0] if task is None else task)
-    if not _does(loaded, found):
+    name, found = find(next(iter(able)) if task is None else task)
+    if (does := next((one for one in found if one in able.values()), None)) is None:
         raise RequestError(f"{source} has no head for {name}; its tasks: {', '.join(able)}")
-    return name, found
+    return name, does
 
 
 def _does(loaded: Any, task: Task) -> bool:

@@ -11,7 +11,7 @@ from taut.engine.call import ARGUMENTS, TAKEN
 from taut.engine.generation import GenerationConfig, check_known
 from taut.engine.offline import Generated
 from taut.errors import RequestError
-from taut.pipelines.base import Piece, Settings
+from taut.pipelines.base import Piece, Pipeline, Settings
 from taut.pipelines.text import TextPipeline, as_text
 
 # Options that mean nothing to a model that draws no tokens.
@@ -20,53 +20,55 @@ STEPS = ("output_scores", "output_logits")
 
 
 @dataclass(frozen=True)
-class GenerationSettings(Settings):
+class GenerateSettings(Settings):
+    """`generate`: the options of `generate` that were given, by name or together as `generate_kwargs`; a
+    `generation_config` takes the place of those that the pipeline was made with."""
+
+    generate: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationSettings(GenerateSettings):
     """`stop_sequence`: a text or several that end an answer, and are its end; `clean_up_tokenization_spaces`:
     of decoding; `truncation`: of the tokenizer; `return_tensors`: token ids instead of text. All other
-    options are those of `generate`, also together as `generate_kwargs`; `generation_config` takes the place
-    of those that the pipeline was made with."""
+    options are those of `generate`."""
 
     return_tensors: bool = False
     return_text: bool | None = None
     clean_up_tokenization_spaces: bool | None = None
     truncation: bool | str | None = None
     stop_sequence: str | Sequence[str] | None = None
-    generate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.return_tensors and self.return_text:
             raise RequestError("return_tensors and return_text are both given; a result is one of them")
 
 
-class GeneratingPipeline(TextPipeline):
-    """What pipelines share that generate: all prompts of a window go through the engine at once, which packs
-    those that run and begins the next as others end. `fallbacks` hold where neither the caller nor the
-    model's files say anything."""
+class Generating(Pipeline):
+    """What pipelines share that generate: their options. `fallbacks` hold where neither the caller nor the
+    model's files say anything; `taken` are arguments of `generate` beside those of all models."""
 
-    settings = GenerationSettings
     fallbacks: ClassVar[Mapping[str, Any]] = {}
-    budget = None
-    window = 256
+    taken: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: Any, **options: Any):
-        self.prefix: str = model.config.source.get("prefix") or ""
         self.own: dict[str, Any] = {}  # options that the model's files have for the task alone
         super().__init__(model, **options)
 
-    def parse(self, options: Mapping[str, Any], defaults: GenerationSettings) -> GenerationSettings:
+    def parse(self, options: Mapping[str, Any], defaults: GenerateSettings) -> GenerateSettings:
         options = dict(options)
         options |= options.pop("generate_kwargs", None) or {}
         names = {option.name for option in fields(self.settings)} - {"generate"}
         wanted = {name: value for name, value in options.items() if name not in names}
         for name in wanted:
-            check_known(name, (*ARGUMENTS, *TAKEN), names)
+            check_known(name, (*ARGUMENTS, *TAKEN, *self.taken), names)
             if name in STEPS and wanted[name]:
                 raise RequestError(f"{name} is for model.generate; a pipeline returns no scores of each step")
         before = {} if wanted.get("generation_config") is not None else defaults.generate
         mine = {name: value for name, value in options.items() if name in names}
         return replace(defaults, **mine, generate={**before, **wanted})
 
-    def generation(self, settings: GenerationSettings) -> dict[str, Any]:
+    def generation(self, settings: GenerateSettings) -> dict[str, Any]:
         """The options of `generate` for these settings."""
         wanted = dict(settings.generate)
         known = {**self._set(settings), **wanted}
@@ -77,18 +79,33 @@ class GeneratingPipeline(TextPipeline):
         }
         if not {**known, **added}.get("do_sample"):
             added = {name: value for name, value in added.items() if name not in SAMPLING}
-        if settings.stop_sequence is not None:
-            added["stop_strings"] = settings.stop_sequence
         given = self._given(settings)
         return {**added, **{name: value for name, value in self.own.items() if name not in given}, **wanted}
 
-    def _set(self, settings: GenerationSettings) -> dict[str, Any]:
+    def _set(self, settings: GenerateSettings) -> dict[str, Any]:
         """The options that the model's files and the caller's `generation_config` set."""
         return {**self.model.generation_config.to_dict(), **self.own, **self._given(settings)}
 
-    def _given(self, settings: GenerationSettings) -> dict[str, Any]:
+    def _given(self, settings: GenerateSettings) -> dict[str, Any]:
         given = settings.generate.get("generation_config")
         return {} if given is None else given.to_dict()
+
+
+class GeneratingPipeline(Generating, TextPipeline):
+    """A pipeline that answers texts with texts: all prompts of a window go through the engine at once, which
+    packs those that run and begins the next as others end."""
+
+    settings = GenerationSettings
+    budget = None
+    window = 256
+
+    def __init__(self, model: Any, **options: Any):
+        self.prefix: str = model.config.source.get("prefix") or ""
+        super().__init__(model, **options)
+
+    def generation(self, settings: GenerationSettings) -> dict[str, Any]:
+        stops = {} if settings.stop_sequence is None else {"stop_strings": settings.stop_sequence}
+        return {**super().generation(settings), **stops}
 
     def check(self, settings: GenerationSettings) -> None:
         own = (*ARGUMENTS, *TAKEN)

@@ -46,40 +46,39 @@ class Task:
 
 
 # In the order in which one is chosen for a checkpoint where none is named.
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        task.pipeline.task: task
-        for task in (
-            Task(TextGeneration, AutoModelForCausalLM, ("ForCausalLM", "LMHeadModel")),
-            Task(Text2TextGeneration, AutoModelForSeq2SeqLM),
-            Task(Summarization, AutoModelForSeq2SeqLM),
-            Task(Translation, AutoModelForSeq2SeqLM),
-            Task(TextClassification, AutoModelForSequenceClassification, ("ForSequenceClassification",)),
-            Task(ZeroShotClassification, AutoModelForSequenceClassification, ("ForSequenceClassification",)),
-            Task(TokenClassification, AutoModelForTokenClassification, ("ForTokenClassification",)),
-            Task(QuestionAnswering, AutoModelForQuestionAnswering, ("ForQuestionAnswering",)),
-            Task(FillMask, AutoModelForMaskedLM, ("ForMaskedLM",)),
-            Task(
-                ImageClassification,
-                AutoModelForImageClassification,
-                ("ForImageClassification", "ForImageClassificationWithTeacher"),
-                (MEDIA,),
-            ),
-            Task(ImageFeatureExtraction, AnyImageModel, (), (MEDIA,)),
-            Task(FeatureExtraction, AutoModel),
-            Task(SentenceSimilarity, AutoModel),
-        )
-    }
+_ALL = (
+    Task(TextGeneration, AutoModelForCausalLM, ("ForCausalLM", "LMHeadModel")),
+    Task(Text2TextGeneration, AutoModelForSeq2SeqLM),
+    Task(Summarization, AutoModelForSeq2SeqLM),
+    Task(Translation, AutoModelForSeq2SeqLM),
+    Task(TextClassification, AutoModelForSequenceClassification, ("ForSequenceClassification",)),
+    Task(ZeroShotClassification, AutoModelForSequenceClassification, ("ForSequenceClassification",)),
+    Task(TokenClassification, AutoModelForTokenClassification, ("ForTokenClassification",)),
+    Task(QuestionAnswering, AutoModelForQuestionAnswering, ("ForQuestionAnswering",)),
+    Task(FillMask, AutoModelForMaskedLM, ("ForMaskedLM",)),
+    Task(
+        ImageClassification,
+        AutoModelForImageClassification,
+        ("ForImageClassification", "ForImageClassificationWithTeacher"),
+        (MEDIA,),
+    ),
+    Task(ImageFeatureExtraction, AnyImageModel, (), (MEDIA,)),
+    Task(FeatureExtraction, AutoModel),
+    Task(SentenceSimilarity, AutoModel),
+)
+# A task has several entries where models of several kinds do it.
+TASKS: Mapping[str, tuple[Task, ...]] = MappingProxyType(
+    {one.pipeline.task: tuple(t for t in _ALL if t.pipeline.task == one.pipeline.task) for one in _ALL}
 )
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 )
 # Hidden states of these are vectors of texts; `AutoModel` loads others too.
 TEXT_KINDS = ("decoder", "encoder")
-_HEADS = tuple(head for task in TASKS.values() for head in task.heads)
+_HEADS = tuple(head for task in _ALL for head in task.heads)
 
 
-def find(name: str) -> tuple[str, Task]:
+def find(name: str) -> tuple[str, tuple[Task, ...]]:
     """A task and its name, of an alias or a pair of languages too; `RequestError` for one that isn't
     known."""
     named = ALIASES.get(name, name)
@@ -94,13 +93,13 @@ def find(name: str) -> tuple[str, Task]:
 
 def tasks_of(config: ModelConfig) -> list[str]:
     """The tasks that a checkpoint has all for, by what its config says."""
-    return [name for name, task in TASKS.items() if has_head(config, task)]
+    return [name for name, found in TASKS.items() if any(has_head(config, task) for task in found)]
 
 
 def has_head(config: ModelConfig, task: Task) -> bool:
     """Whether a checkpoint has a task's head, as far as its config says: where its architecture is none that
     is known here, only its weights do."""
-    if config.kind not in getattr(task.loader, "kinds", {}):
+    if config.kind not in task.loader.kinds:
         return False
     if task.loader is AutoModel:
         return config.kind in TEXT_KINDS
@@ -114,10 +113,13 @@ def _entails(config: ModelConfig) -> bool:
     return any(name.lower().startswith("entail") for name in config.label2id)
 
 
-def require_head(config: ModelConfig, name: str, task: Task, source: str) -> None:
-    """Raises `RequestError`, with the tasks that it has, for a checkpoint without a task's head."""
-    if not has_head(config, task):
-        raise RequestError(f"{source} is a {config.architecture}, which {lacks(name, config)}")
+def fitting(config: ModelConfig, name: str, tasks: tuple[Task, ...], source: str) -> Task:
+    """Which of a task's entries is for a checkpoint; `RequestError`, with the tasks that it has, for one
+    without a head for any."""
+    for task in tasks:
+        if has_head(config, task):
+            return task
+    raise RequestError(f"{source} is a {config.architecture}, which {lacks(name, config)}")
 
 
 def lacks(name: str, config: ModelConfig) -> str:
