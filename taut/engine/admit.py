@@ -23,6 +23,8 @@ def check_request(request: Request, config: ModelConfig) -> None:
         ("logit_bias", request.params.logit_bias),
         *(("sequence_bias", ids) for ids in request.params.sequence_bias),
         *(("bad_words", ids) for ids in request.params.bad_words),
+        ("suppress_tokens", request.params.suppress_tokens),
+        ("begin_suppress_tokens", request.params.begin_suppress_tokens),
         ("eos_token_ids", request.params.eos_token_ids if request.params.min_new_tokens else ()),
     ):
         if ids and not (min(ids) >= 0 and max(ids) < vocab):

@@ -21,7 +21,7 @@ from taut.engine.grammar import Constraint, ForcedTokens
 from taut.engine.guidance import Guidance
 from taut.engine.lookup import Lookup
 from taut.engine.output import GenerateOutput, rectangle, returned, steps
-from taut.engine.processors import Barred, Forced, LengthDecay, Read, ReadNgrams
+from taut.engine.processors import Forced, LengthDecay, Read, ReadNgrams
 from taut.engine.prompts import read_prompts
 from taut.engine.request import Group, LogitsProcessor, Request
 from taut.engine.resident import Resident
@@ -140,7 +140,7 @@ def prepare(
     assistant, past = options.pop("assistant_model", None), options.pop("past_key_values", None)
     response_format = options.pop("response_format", None)
     beginning = {name: options.pop(name, None) for name in OF_ENCODERS}
-    config = _config(model, generation_config, options)
+    config = settled(model, generation_config, options)
     check_assistant(model, assistant, config)
     check_together(config, negative[0] is not None)
     check_encoder(model, config, assistant, beginning)
@@ -188,6 +188,7 @@ def prepare(
     criteria = _listed("stopping_criteria", stopping_criteria)
     keep = bool(config.return_dict_in_generate)
     width, context = given.shape[1], model.config.context
+    forced = config.forced_bos_token_id is not None
     requests = []
     for index, row_seed in enumerate(seeds):
         row = index // copies
@@ -202,7 +203,7 @@ def prepare(
         requests.append(
             Request(
                 prompt=list(prompt),
-                params=config.sampling(new, width, row_seed),
+                params=config.sampling(new, width, row_seed, int(len(prompt) == 1 and forced)),
                 logits_processors=(*allowed, *_own_processors(config, len(prompt), new, read), *processors),
                 should_stop=stop,
                 logprobs=config.logprobs,
@@ -314,9 +315,6 @@ def _own_processors(config: GenerationConfig, prompt: int, new: int, read: Any) 
     if config.exponential_decay_length_penalty is not None and config.eos_token_ids:
         start, factor = config.exponential_decay_length_penalty
         made.append(LengthDecay(prompt + start, factor, config.eos_token_ids))
-    if config.begin_suppress_tokens:
-        begin = prompt + (prompt == 1 and first is not None)
-        made.append(Barred(begin, tuple(config.begin_suppress_tokens)))
     return made
 
 
@@ -329,7 +327,7 @@ def _check_arguments(options: Mapping[str, Any]) -> None:
             check_known(name, (), also_near=(*ARGUMENTS, *TAKEN))
 
 
-def _config(model: Any, given: Any, options: dict[str, Any]) -> GenerationConfig:
+def settled(model: Any, given: Any, options: dict[str, Any]) -> GenerationConfig:
     """The call's config: options, then the config given with the call, then the model's, then defaults."""
     if given is None:
         given = GenerationConfig()

@@ -80,18 +80,10 @@ def generate(
         seed=seed,
         options=kwargs,
     )
-    if streamer is not None and call.config.beams > 1:
-        raise RequestError(
-            f"a streamer shows tokens as they come, and with num_beams={call.config.beams} they are known at "
-            "the end. Next step: leave one of the two out"
-        )
-    if streamer is not None and len(call.requests) != 1:
-        raise RequestError(
-            f"a streamer shows one row, but the call makes {len(call.requests)}; generate rows one by one "
-            "with a streamer each, or leave the streamer out"
-        )
+    if streamer is not None:
+        check_streamed(call.config.beams, len(call.requests))
     try:
-        _run(engine_for(model, [call]), call, streamer)
+        serve(engine_for(model, [call]), call, streamer)
     except BaseException as error:
         if hasattr(streamer, "fail"):
             streamer.fail(error)
@@ -139,10 +131,24 @@ def stream(
     return Stream(engine_for(model, [call]), call.requests[0], text, model)
 
 
+def check_streamed(beams: int, rows: int) -> None:
+    """Raises `RequestError` for a call whose tokens a streamer can't show."""
+    if beams > 1:
+        raise RequestError(
+            f"a streamer shows tokens as they come, and with num_beams={beams} they are known at the end. "
+            "Next step: leave one of the two out"
+        )
+    if rows != 1:
+        raise RequestError(
+            f"a streamer shows one row, but the call makes {rows}; generate rows one by one with a streamer "
+            "each, or leave the streamer out"
+        )
+
+
 # -- running -------------------------------------------------------------------------------------------
 
 
-def _run(engine: Engine, call: Call, streamer: Streamer | None) -> None:
+def serve(engine: Engine, call: Call, streamer: Streamer | None = None) -> None:
     """Serves the call's requests to their end; on any error, all are cancelled. Other threads may have
     requests in the engine too, and their steps move these along."""
     if streamer is not None:

@@ -64,6 +64,16 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 
 
+# What `generation_config.json` of models that hear says beside that; `taut.engine.transcribe` gives each its
+# meaning.
+OF_SPEECH = frozenset({
+    "alignment_heads", "compression_ratio_threshold", "condition_on_prev_tokens", "forced_decoder_ids",
+    "is_multilingual", "lang_to_id", "language", "logprob_threshold", "max_initial_timestamp_index",
+    "median_filter_width", "no_speech_threshold", "no_timestamps_token_id", "prev_sot_token_id",
+    "prompt_condition_type", "return_timestamps", "task", "task_to_id",
+})  # fmt: skip
+
+
 @dataclass(init=False, repr=False)
 class GenerationConfig:
     """Options of `generate`, by transformers' names. None: not set here; the checkpoint's value holds, then
@@ -103,7 +113,7 @@ drawn from |
     | `use_cache` | False: rows share no pages with others, nor with calls before or after; same output |
     | `pad_token_id`, `bos_token_id`, `eos_token_id` | ids; `eos_token_id` may be several |
     | `decoder_start_token_id` | what the decoder of an encoder-decoder starts with; or one for each row |
-    | `extra` | further keys of the file: kept and written back |
+    | `extra` | further keys of the file, such as those `OF_SPEECH`: kept and written back |
 
     Raises `RequestError` for an unknown option or a value out of range.
     """
@@ -164,7 +174,7 @@ drawn from |
         for name in OPTIONS:
             object.__setattr__(self, name, None)
         for name, value in options.items():
-            check_known(name, ())
+            check_known(name, OF_SPEECH)
             setattr(self, name, value)
         self.validate()
 
@@ -174,7 +184,7 @@ drawn from |
         if name in OPTIONS or name == "extra":
             object.__setattr__(self, name, value)
         else:
-            check_known(name, self.extra)
+            check_known(name, (*self.extra, *OF_SPEECH))
             self.extra[name] = value
 
     def __getattr__(self, name: str) -> Any:
@@ -340,8 +350,9 @@ drawn from |
             )
         return min(wanted, context - length)
 
-    def sampling(self, max_new_tokens: int, width: int, seed: int) -> SamplingParams:
-        """The options of one row of `width` prompt tokens (padding included), as the engine takes them.
+    def sampling(self, max_new_tokens: int, width: int, seed: int, begin: int = 0) -> SamplingParams:
+        """The options of one row of `width` prompt tokens (padding included), as the engine takes them;
+        `begin`: which new token is the first that isn't forced.
 
         Raises `RequestError` for options that Taut does not support.
         """
@@ -349,7 +360,6 @@ drawn from |
         single = {ids[0]: bias for ids, bias in _sequences(self.sequence_bias).items() if len(ids) == 1}
         for token, bias in (self.logit_bias or {}).items():
             single[token] = single.get(token, 0.0) + bias
-        single.update((token, -math.inf) for token in self.suppress_tokens or ())
         least = max((self.min_length or 0) - width, 0) if self.min_new_tokens is None else self.min_new_tokens
         return SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -371,6 +381,9 @@ drawn from |
             logit_bias=single,
             sequence_bias={i: bias for i, bias in _sequences(self.sequence_bias).items() if len(i) > 1},
             bad_words=tuple(tuple(word) for word in self.bad_words_ids or ()),
+            suppress_tokens=tuple(self.suppress_tokens or ()),
+            begin_suppress_tokens=tuple(self.begin_suppress_tokens or ()),
+            begin_index=begin,
             seed=seed,
             min_new_tokens=least,
             eos_token_ids=self.eos_token_ids,

@@ -65,6 +65,9 @@ def plain(request: Request) -> bool:
         or p.logit_bias
         or p.sequence_bias
         or p.bad_words
+        or p.suppress_tokens
+        or (p.begin_suppress_tokens and len(request.output) <= p.begin_index)
+        or p.timestamps is not None
         or (p.eos_token_ids and len(request.output) < p.min_new_tokens)
     )
 

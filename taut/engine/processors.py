@@ -1,5 +1,5 @@
-"""Logits processors for options that few calls have: what is forced or barred, what the encoder read, and a
-pull to the end.
+"""Logits processors for options that few calls have: what is forced, what the encoder read, and a pull to the
+end.
 
 Each is called with `ids` `[1, length]` and `scores` `[1, vocab]`, as the user's are, and gives new scores.
 """
@@ -24,19 +24,6 @@ class Forced:
         if ids.shape[1] == self.position:
             scores = torch.full_like(scores, -torch.inf)
             scores[:, list(self.tokens)] = 0
-        return scores
-
-
-@dataclass(frozen=True)
-class Barred:
-    """None of `tokens` may stand at `position`, counted with the prompt."""
-
-    position: int
-    tokens: Sequence[int]
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        if ids.shape[1] == self.position:
-            scores[:, list(self.tokens)] = -torch.inf
         return scores
 
 

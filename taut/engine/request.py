@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
+from taut.engine.timestamps import Timestamps
 from taut.errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class SamplingParams:
     | `logit_bias` | token id -> number added to its logit |
     | `sequence_bias` | token ids -> number added to the last one's logit where the others came just before |
     | `bad_words` | token sequences that may not be generated |
+    | `suppress_tokens` | tokens that may not be generated |
+    | `begin_suppress_tokens`, `begin_index` | tokens that may not be the `begin_index`-th, counted from 0 |
+    | `timestamps` | how tokens that are times may follow one another |
     | `seed` | the row's draws depend on this and the step alone |
     | `min_tokens_to_keep` | draw among at least so many, whatever the cuts |
     | `renormalize` | scores of beams are log-probabilities again after processors and cuts |
@@ -67,6 +71,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     sequence_bias: Mapping[tuple[int, ...], float] = field(default_factory=dict)
     bad_words: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    begin_index: int = 0
+    timestamps: Timestamps | None = None
     seed: int = 0
     min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
@@ -94,7 +102,8 @@ class SamplingParams:
         _number("frequency_penalty", self.frequency_penalty, "any finite number", lambda v: True)
         if self.max_time is not None:
             _number("max_time", self.max_time, "more than 0 seconds, or None", lambda v: v > 0)
-        object.__setattr__(self, "eos_token_ids", _token_ids("eos_token_ids", self.eos_token_ids))
+        for name in ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
         words = tuple(_token_ids("bad_words", word) for word in self.bad_words)
         if not all(words):
             raise RequestError("bad_words holds an empty sequence; each needs at least one token id")

@@ -2,8 +2,8 @@
 
 The order and the meaning of the options are those of transformers:
 sequence bias, repetition penalty, presence and frequency penalty, no-repeat n-grams, bad words, minimum
-length, the response format, the user's own processors; then, for rows that sample, temperature, top-k, top-p,
-min-p, typical-p, epsilon and eta.
+length, suppressed tokens, the response format, timestamps, the user's own processors; then, for rows that
+sample, temperature, top-k, top-p, min-p, typical-p, epsilon and eta.
 Presence and frequency penalties, which transformers lacks, are OpenAI's and vLLM's: they count generated
 tokens only, never the prompt.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from taut.engine.grammar import bar
 from taut.engine.request import Request, Row, SamplingParams
+from taut.engine.timestamps import timed
 from taut.errors import NumericsError, RequestError
 from taut.kernels.sample import signed, uniform
 
@@ -163,12 +164,16 @@ def edit(logits: Tensor, requests: Sequence[Row]) -> Tensor:
         if params.presence_penalty or params.frequency_penalty:
             for token, count in Counter(request.output).items():
                 counted.add(row, (token,), -params.presence_penalty - params.frequency_penalty * count)
+        banned.add(row, params.suppress_tokens)
+        if len(request.output) == params.begin_index:
+            banned.add(row, params.begin_suppress_tokens)
         if len(request.output) < params.min_new_tokens:
             banned.add(row, params.eos_token_ids)
 
     users = [row for row, request in enumerate(requests) if request.logits_processors]
     limited = [row for row, request in enumerate(requests) if request.constraint is not None]
-    if not (bias.rows or repeated.rows or counted.rows or banned.rows or users or limited):
+    in_time = [row for row, request in enumerate(requests) if request.params.timestamps is not None]
+    if not (bias.rows or repeated.rows or counted.rows or banned.rows or users or limited or in_time):
         return logits
     scores = logits.clone()
     if bias.rows:
@@ -185,6 +190,8 @@ def edit(logits: Tensor, requests: Sequence[Row]) -> Tensor:
     if limited:
         masks = [requests[row].constraint.mask(requests[row].output) for row in limited]
         scores[limited] = bar(scores[limited], masks)
+    if in_time:
+        scores[in_time] = timed(scores[in_time], [requests[row] for row in in_time])
     for row in users:
         request = requests[row]
         ids = torch.tensor([request.prompt + request.output], device=scores.device)  # [1, length]

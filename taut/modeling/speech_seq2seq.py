@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from taut.checkpoint import LazyTensor
 from taut.config import ModelConfig
 from taut.engine.dynamic_cache import DynamicCache
+from taut.engine.generation import GenerationConfig
+from taut.engine.output import GenerateOutput
+from taut.engine.transcribe import detect_language, transcribe
 from taut.errors import RequestError
 from taut.modeling.output import ModelOutput
 from taut.modeling.seq2seq import EncoderModel, Seq2SeqLM, Seq2SeqModel, tables
@@ -137,6 +140,75 @@ class SpeechSeq2SeqLM(_Hears, Seq2SeqLM):
             return_dict=return_dict,
             num_items_in_batch=num_items_in_batch,
         )
+
+    def generate(
+        self,
+        input_features: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        inputs: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput | dict[str, Any]:
+        """Write what is said in `input_features` `[clips, mel bins, frames]`.
+
+        A clip of at most one window (30 seconds) is filled up with zeros; longer ones are transcribed window
+        by window, each from the last timestamp of the one before: several of these need an `attention_mask`
+        `[clips, frames]`, which says where each ends. `encoder_outputs` may take the place of one window.
+
+        | option | meaning |
+        |---|---|
+        | `language` | of the sound: a code ("en"), token or name, or one for each clip; None: it is found |
+        | `task` | "transcribe", or "translate", to English |
+        | `return_timestamps` | write timestamps, under the rules of Whisper; always where clips are long |
+        | `return_segments` | return a dict of `sequences` and `segments` |
+        | `prompt_ids` | tokens that the decoder reads first, as `processor.get_prompt_ids` makes them |
+        | `prompt_condition_type` | "first-segment"; or "all-segments", with `condition_on_prev_tokens` |
+        | `condition_on_prev_tokens` | the decoder reads what was said in the windows before |
+        | `temperature` | 0 or None: the likeliest tokens; more: drawn; several: the next where one fails |
+        | `compression_ratio_threshold` | what repeats itself more than so much fails |
+        | `logprob_threshold` | what has a mean log-probability below this fails |
+        | `no_speech_threshold` | what fails by that, and is likelier silence than this, is skipped |
+        | `forced_decoder_ids` | pairs of a place and a token behind the start, as older files have them |
+        | `is_multilingual` | what the model is, where generation_config.json doesn't say it or is wrong |
+        | `monitor_progress` | called before each window with frames done and frames in all, `[clips, 2]` |
+
+        All others are those of `taut.engine.generate.generate`, beams and streamer (of one clip) included. As
+        `temperature` alone says whether tokens are drawn, `do_sample=True` means a temperature of 1.
+
+        Returns `[clips, tokens]` int64: the new tokens alone, without the end of a row, filled up with the
+        pad token. With `return_segments`, or `return_timestamps` and `return_dict_in_generate`, a dict: its
+        `segments` are a list for each clip, of dicts with `start` and `end` (seconds, float64), `tokens`,
+        `result` (the row of the engine's call, with the tokens that it began with) and `idxs` (where `tokens`
+        are in that row). With `return_dict_in_generate` alone and one call of the engine, what that gave.
+
+        Raises `RequestError` for a language or task that the model hasn't, and for what can't be served.
+        """
+        if input_features is not None and inputs is not None:
+            raise RequestError("input_features and inputs are both given; they mean the same: pass one")
+        heard = inputs if input_features is None else input_features
+        return transcribe(self, heard, generation_config, **options)
+
+    def stream(self, *_: Any, **__: Any) -> Any:
+        """Not of models that hear: `RequestError`."""
+        raise RequestError(
+            "stream continues a text. Next step: call generate with streamer=taut.TextIteratorStreamer(...)"
+        )
+
+    def generate_batch(self, *_: Any, **__: Any) -> Any:
+        """Not of models that hear: `RequestError`."""
+        raise RequestError(
+            "generate_batch answers texts. Next step: call generate with all clips, or taut.pipeline, which "
+            "takes any number"
+        )
+
+    def detect_language(
+        self,
+        input_features: Tensor | None = None,
+        encoder_outputs: Any = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> Tensor:
+        """The token `[clips]` of the likeliest language of the first window of each clip."""
+        return detect_language(self, input_features, encoder_outputs, generation_config)
 
 
 class SpeechEncoderModel(_Hears, EncoderModel):

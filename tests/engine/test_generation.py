@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from math import inf
 
 import pytest
 import transformers
@@ -216,9 +215,10 @@ def test_sampling_params_hold_everything():
         presence_penalty=0.2,
         frequency_penalty=0.3,
         no_repeat_ngram_size=3,
-        logit_bias={4: 1.0, 6: -inf, 9: 2.0},
+        logit_bias={4: 1.0, 9: 2.0},
         sequence_bias={(8, 9): -1.5},
         bad_words=((3, 4), (5,)),
+        suppress_tokens=(6,),
         seed=77,
         min_new_tokens=2,
         eos_token_ids=(2, 7),
