@@ -11,7 +11,7 @@ from taut.processor.image import (
     SiglipImageProcessor,
     ViTImageProcessor,
 )
-from taut.processor.joint import AutoProcessor, Processor
+from taut.processor.joint import AutoProcessor, Processor, WhisperProcessor
 from taut.processor.load import AutoFeatureExtractor, AutoImageProcessor
 from taut.processor.output import BatchFeature
 from taut.processor.read import open_image, read_sound, resample
@@ -21,7 +21,7 @@ from taut.processor.sound import (
     WhisperFeatureExtractor,
 )
 
-CLIPProcessor = SiglipProcessor = Wav2Vec2Processor = WhisperProcessor = Processor
+CLIPProcessor = SiglipProcessor = Wav2Vec2Processor = Processor
 
 __all__ = [
     "ASTFeatureExtractor",

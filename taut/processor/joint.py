@@ -12,6 +12,7 @@ from taut.processor.files import find, has_settings
 from taut.processor.image import ImageProcessor
 from taut.processor.load import load_media
 from taut.processor.output import BatchFeature
+from taut.processor.sound import WhisperFeatureExtractor
 from taut.tokenizer import AutoTokenizer, Tokenizer
 
 Self = TypeVar("Self", bound="Processor")
@@ -101,6 +102,18 @@ class Processor:
         return f"{type(self).__name__}({self.media!r}, {self.tokenizer!r})"
 
 
+class WhisperProcessor(Processor):
+    """A tokenizer that knows languages, tasks and times beside a feature extractor."""
+
+    def get_decoder_prompt_ids(self, *args: Any, **options: Any) -> list[tuple[int, int]]:
+        """See `WhisperTokenizer.get_decoder_prompt_ids`."""
+        return self.tokenizer.get_decoder_prompt_ids(*args, **options)
+
+    def get_prompt_ids(self, *args: Any, **options: Any) -> Any:
+        """See `WhisperTokenizer.get_prompt_ids`."""
+        return self.tokenizer.get_prompt_ids(*args, **options)
+
+
 class AutoProcessor:
     """Loads all that makes a checkpoint's inputs: its tokenizer with its image processor or feature
     extractor, or the one that it has."""
@@ -118,5 +131,10 @@ class AutoProcessor:
             return AutoTokenizer.from_pretrained(folder, **changes)
         tokenizer = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
         if any((folder / file).is_file() for file in tokenizer):
-            return Processor.from_pretrained(folder, **changes)
+            return _joint(folder).from_pretrained(folder, **changes)
         return load_media(folder, joint=True).changed(changes)
+
+
+def _joint(folder: Path) -> type[Processor]:
+    """The class of a folder with both parts."""
+    return WhisperProcessor if isinstance(load_media(folder), WhisperFeatureExtractor) else Processor

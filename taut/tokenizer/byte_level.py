@@ -13,7 +13,7 @@ from taut.errors import TokenizerError
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 # Classes that cut text as GPT-2 does; those in the second list write a text between `<s>` and `</s>`.
-_PLAIN = ("CodeGenTokenizer", "GPT2Tokenizer")
+_PLAIN = ("CodeGenTokenizer", "GPT2Tokenizer", "WhisperTokenizer")
 _BETWEEN = ("BartTokenizer", "RobertaTokenizer")
 CLASSES = (*_PLAIN, *_BETWEEN)
 

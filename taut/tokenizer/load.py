@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers
 from taut.checkpoint.gguf import read_gguf
 from taut.errors import TokenizerError, nearest
 from taut.hub import resolve
-from taut.tokenizer import byte_level, ctc, marian, translation
+from taut.tokenizer import byte_level, ctc, marian, translation, whisper
 from taut.tokenizer.gguf import tokenizer_from_gguf
 from taut.tokenizer.layouts import LAYOUTS
 from taut.tokenizer.save import CONFIG, SPECIAL, TEMPLATE, TEMPLATES, TOKENIZER
@@ -34,7 +34,8 @@ _SETTINGS = (
 _LANGUAGES = ("src_lang", "tgt_lang")
 # The options that only some classes have.
 _OWN_OPTIONS = {
-    ctc.CLASSES: ctc.SETTINGS, ("MarianTokenizer",): marian.SETTINGS, translation.CLASSES: _LANGUAGES
+    ctc.CLASSES: ctc.SETTINGS, ("MarianTokenizer",): marian.SETTINGS, translation.CLASSES: _LANGUAGES,
+    whisper.CLASSES: whisper.SETTINGS,
 }  # fmt: skip
 _OPTIONS = (
     *_SETTINGS, "add_bos_token", "add_eos_token", "extra_special_tokens",
@@ -81,13 +82,15 @@ _CLASSES: dict[str, dict[str, Any]] = {
         "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "model_max_length": 64,
     },
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "WhisperTokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "XLMRobertaTokenizer": _FAIRSEQ,
 }  # fmt: skip
 # Which class a model of this type has, for old folders that name none.
 _BY_MODEL_TYPE = {
     "bart": "BartTokenizer", "codegen": "GPT2Tokenizer", "gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer",
     "mbart": "MBartTokenizer", "mt5": "T5Tokenizer", "opt": "GPT2Tokenizer", "pegasus": "PegasusTokenizer",
-    "roberta": "RobertaTokenizer", "t5": "T5Tokenizer", "xlm-roberta": "XLMRobertaTokenizer",
+    "roberta": "RobertaTokenizer", "t5": "T5Tokenizer", "whisper": "WhisperTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
 }  # fmt: skip
 
 
@@ -112,8 +115,9 @@ class AutoTokenizer:
         `padding_side`, `truncation_side`, `model_max_length`, `model_input_names`, `chat_template`,
         `clean_up_tokenization_spaces`, `split_special_tokens`, `add_bos_token`, `add_eos_token`; for
         translation models that write the language beside a text, `src_lang` and `tgt_lang`, for Marian's
-        `source_lang` and `target_lang`; and of a speech model's characters `word_delimiter_token`,
-        `replace_word_delimiter_char`, `do_lower_case` and `target_lang`.
+        `source_lang` and `target_lang`, for Whisper's `language`, `task` and `predict_timestamps`; and of a
+        speech model's characters `word_delimiter_token`, `replace_word_delimiter_char`, `do_lower_case` and
+        `target_lang`.
         Raises TokenizerError for missing or corrupt files, CheckpointError for a name that leads nowhere.
         """
         known = (*_OPTIONS, *SPECIAL_TOKENS)
@@ -151,6 +155,8 @@ class AutoTokenizer:
             return translation.TranslationTokenizer(
                 backend, tokenizer_class=kind, name_or_path=str(name), **settings
             )
+        if kind in whisper.CLASSES:
+            return whisper.WhisperTokenizer(backend, name_or_path=str(name), **settings)
         return Tokenizer(backend, name_or_path=str(name), **settings)
 
 
@@ -189,6 +195,7 @@ def _from_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     settings = {
         "tokenizer_class": name,
         **{key: config[key] for key in _LANGUAGES if name in translation.CLASSES and key in config},
+        **{key: config[key] for key in whisper.SETTINGS if name in whisper.CLASSES and key in config},
         **{key: implied[key] for key in (*_SETTINGS, "add_bos_token", "add_eos_token") if key in implied},
         **settings,
     }
