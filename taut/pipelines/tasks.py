@@ -16,6 +16,7 @@ from taut.auto import (
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
 )
 from taut.config import ModelConfig
@@ -30,6 +31,7 @@ from taut.pipelines.masked import FillMask
 from taut.pipelines.questions import QuestionAnswering
 from taut.pipelines.similarity import SentenceSimilarity
 from taut.pipelines.tokens import TokenClassification
+from taut.pipelines.whisper import WhisperRecognition
 
 TEXT, MEDIA = "tokenizer", "processor"
 
@@ -62,6 +64,7 @@ _ALL = (
         ("ForImageClassification", "ForImageClassificationWithTeacher"),
         (MEDIA,),
     ),
+    Task(WhisperRecognition, AutoModelForSpeechSeq2Seq, (), (TEXT, MEDIA)),
     Task(ImageFeatureExtraction, AnyImageModel, (), (MEDIA,)),
     Task(FeatureExtraction, AutoModel),
     Task(SentenceSimilarity, AutoModel),

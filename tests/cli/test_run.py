@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import soundfile
 
 import taut
 from tests.pipelines.folders import NLI, bert, llama, t5
 from tests.pipelines.test_images import pictures, vit
 from tests.pipelines.test_seq2seq import CONTEXT, QUESTION
 from tests.pipelines.test_text import FOLDERS, GREEDY, MASKED, NAMED, TEXTS, ours, same
+from tests.pipelines.test_whisper import RATE, clip, pipes, whisper
 
 CPU = ("--device", "cpu")
 SET = ("--set", "do_sample=False", "--set", "max_new_tokens=6")
@@ -57,6 +59,16 @@ def test_json_holds_the_results_of_the_pipeline(taut, task, folder, arguments, w
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     same([line["result"] for line in lines], wanted())
     assert lines[0]["input"] == arguments[0] and "peak memory" in result.stderr
+
+
+def test_speech_is_shown_with_its_times(taut, tmp_path):
+    soundfile.write(tmp_path / "speech.wav", clip(1.4), RATE, subtype="FLOAT")
+    arguments = ("automatic-speech-recognition", str(whisper()), str(tmp_path / "speech.wav"))
+    result = taut("run", *arguments, "--set", "num_beams=1", "--set", "return_timestamps=true", *CPU)
+    want = pipes()[0](clip(1.4), num_beams=1, return_timestamps=True)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(want["text"])
+    assert all(f"{chunk['timestamp'][0]:.2f}" in result.stdout for chunk in want["chunks"])
 
 
 def test_text_is_what_a_person_reads(taut):
