@@ -1,13 +1,18 @@
 """The engine on requests of mixed lengths, beside transformers' continuous batching in the same process.
 
-    python benchmarks/bench_engine.py --json benchmarks/results/engine.json
+    python benchmarks/bench_engine.py --within 50 --json benchmarks/results/engine_h100.json
+
+is the run of 256 requests on the Llama-7B shape, in about three minutes of an H100.
 
 All requests are there at once; what is measured is the time to the last token, greedy, without end tokens, so
 that both make the same number. Weights are random and shared, prompts are random and share no prefix. One
-after the other, each library first serves some of the requests uncounted (kernels compile, graphs are
-captured), then all of them, as often as `--rounds` says. `limit` is what the arithmetic of the prompts and
-reading weights and cache would take at the device's own speed (`--tflops`, `--tbs`): weights are read once a
-decode step of Taut's, the cache once a token. `--shape tiny-llama` runs anywhere in seconds.
+after the other, each library first serves a part uncounted (kernels compile, graphs are captured), then all
+of it, as often as `--rounds` and `--within` allow. A library whose first round takes longer than that is cut
+off, and its speed up to there is reported: of full batches, without the last long rows that run alone.
+
+`limit` is what the arithmetic of the prompts and reading weights and cache would take at the device's own
+speed (`--tflops`, `--tbs`): weights are read once a decode step of Taut's, the cache once a token.
+`--shape tiny-llama` runs anywhere in seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import platform
 import statistics
 import time
@@ -57,8 +63,9 @@ class Load:
             [between(*args.outputs) for _ in range(args.requests)],
         )
 
-    def part(self, count: int) -> Load:
-        return Load(self.prompts[:count], self.new[:count])
+    def brief(self, count: int | None = None) -> Load:
+        """The first `count` prompts, with an eighth of their new tokens."""
+        return Load(self.prompts[:count], [-(-new // 8) for new in self.new[:count]])
 
     @property
     def tokens(self) -> int:
@@ -80,15 +87,21 @@ class Taut:
         pairs = zip(load.prompts, load.new, strict=True)
         return [Request(list(prompt), SamplingParams(new), scope=None) for prompt, new in pairs]
 
-    def serve(self, load: Load) -> int:
-        """Serve the load; tokens that were made."""
+    def warm(self, load: Load, few: int) -> None:
+        """All prompts: steps of every number of rows are captured."""
+        self.serve(load.brief(), math.inf)
+
+    def serve(self, load: Load, until: float) -> int:
+        """Serve the load, or what can be until then; tokens that were made."""
         requests = sorted(self._requests(load), key=lambda request: len(request.prompt), reverse=True)
         for request in requests:
             self.engine.submit(request)
         self.steps = 0
-        while self.engine.has_work:
+        while self.engine.has_work and time.perf_counter() < until:
             self.engine.step()
             self.steps += 1
+        for request in requests:
+            self.engine.cancel(request)
         return sum(len(request.output) for request in requests)
 
     def close(self) -> None:
@@ -103,6 +116,7 @@ class Transformers:
 
     def __init__(self, model: Any, load: Load):
         from transformers import ContinuousBatchingConfig, GenerationConfig
+        from transformers.generation.continuous_batching.utils import WorkloadHints
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -113,15 +127,29 @@ class Transformers:
         if model.device.type == "cpu":  # where it would take most of the host's memory
             batching.num_blocks, batching.max_batch_tokens = 64, 1024
         self._context = model.continuous_batching_context_manager(
-            generation_config=config, continuous_batching_config=batching, block=True, timeout=60
+            generation_config=config,
+            continuous_batching_config=batching,
+            block=True,
+            timeout=60,
+            workload_hints=WorkloadHints(max(map(len, load.prompts)), max(load.new), len(load.prompts)),
         )
         self.manager = self._context.__enter__()
+        self.attention = model.config._attn_implementation  # it takes FlashAttention where that is installed
 
-    def serve(self, load: Load) -> int:
+    def warm(self, load: Load, few: int) -> None:
+        """A few requests: it has captured its graphs when it started."""
+        self.serve(load.brief(few), math.inf)
+
+    def serve(self, load: Load, until: float) -> int:
+        """Serve the load; tokens that were made. One that is cut off is the last."""
         for prompt, new in zip(load.prompts, load.new, strict=True):
             self.manager.add_request(prompt, max_new_tokens=new)
         made = finished = 0
         while finished < len(load.prompts):
+            if time.perf_counter() >= until:
+                scheduler = self.manager.batch_processor.scheduler
+                states = [*scheduler.active_requests.values(), *scheduler.waiting_requests.values()]
+                return made + sum(len(state.to_generation_output().generated_tokens) for state in states)
             result = self.manager.get_result(timeout=1)
             if result is None:
                 if not self.manager.is_running():
@@ -136,19 +164,23 @@ class Transformers:
         self._context.__exit__(None, None, None)
 
 
-def measure(subject: Any, load: Load, rounds: int, warm: int, device: torch.device) -> list[float]:
-    """Seconds of each round."""
-    subject.serve(load.part(warm))
-    seconds = []
-    for _ in range(rounds):
+def measure(subject: Any, load: Load, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Seconds of each round, and tokens of each; fewer than the load's if the one round there is was cut."""
+    subject.warm(load, args.warm)
+    seconds: list[float] = []
+    until = time.perf_counter() + args.within
+    while len(seconds) < args.rounds and (not seconds or time.perf_counter() + seconds[-1] < until):
         synchronize(device)
         started = time.perf_counter()
-        made = subject.serve(load)
+        made = subject.serve(load, math.inf if seconds else until)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
         if made != load.tokens:
-            raise SystemExit(f"{subject.name} made {made} tokens in place of {load.tokens}")
-    return seconds
+            if seconds[-1] < args.within:
+                raise SystemExit(f"{subject.name} made {made} tokens in place of {load.tokens}")
+            break
+    median = statistics.median(seconds)
+    return {"seconds": seconds, "tokens": made, "median": median, "tokens_per_second": made / median}
 
 
 def limit(model: Any, load: Load, steps: int, tflops: float, tbs: float) -> dict[str, float]:
@@ -175,7 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, nargs=2, default=(32, 1024), metavar=("LEAST", "MOST"))
     parser.add_argument("--outputs", type=int, nargs=2, default=(16, 512), metavar=("LEAST", "MOST"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warm", type=int, default=32, help="requests that are served uncounted")
+    parser.add_argument("--within", type=float, default=600.0, help="seconds for a library's rounds")
+    parser.add_argument("--warm", type=int, default=32, help="requests the peer serves uncounted")
     parser.add_argument("--peers", default="transformers", choices=("transformers", "none"))
     parser.add_argument("--tflops", type=float, default=770.0, help="of the device, for the limit")
     parser.add_argument("--tbs", type=float, default=3.0, help="TB/s of the device's memory, for the limit")
@@ -188,13 +221,12 @@ def main(arguments: list[str] | None = None) -> None:
     model = make_model(shape, context=args.prompts[1] + args.outputs[1], dtype=dtype, device=device)
     load = Load.of(args, model.config.vocab_size)
 
-    found: dict[str, dict[str, Any]] = {}
     taut = Taut(model, load)
-    seconds = measure(taut, load, args.rounds, args.warm, device)
+    found = {"taut": measure(taut, load, args, device)}
+    found["taut"] |= {"steps": taut.steps, "cache_tokens": taut.engine.pages.tokens}
     bound = limit(model, load, taut.steps, args.tflops, args.tbs) if device.type == "cuda" else None
-    facts = {"steps": taut.steps, "cache_tokens": taut.engine.pages.tokens}
     taut.close()
-    found["taut"] = {"seconds": seconds, **facts}
+    report(args, device, load, bound, found)
     if args.peers == "transformers":
         gc.collect()
         if device.type == "cuda":
@@ -205,21 +237,27 @@ def main(arguments: list[str] | None = None) -> None:
         )
         other = Transformers(peer.model, load)
         try:
-            found["transformers"] = {"seconds": measure(other, load, args.rounds, args.warm, device)}
+            found["transformers"] = {**measure(other, load, args, device), "attention": other.attention}
+            report(args, device, load, bound, found)
         finally:
             other.close()
 
+
+def report(
+    args: argparse.Namespace, device: torch.device, load: Load, bound: Any, found: dict[str, dict[str, Any]]
+) -> None:
+    """Show what was measured so far, and write it."""
     table = Table("", "seconds", "tok/s", title=f"{args.requests} requests, {load.tokens} new tokens")
     for name, result in found.items():
-        result["median"] = statistics.median(result["seconds"])
-        result["tokens_per_second"] = load.tokens / result["median"]
         spread = f"{result['median']:.2f} ({min(result['seconds']):.2f} to {max(result['seconds']):.2f})"
+        if result["tokens"] != load.tokens:
+            spread = f"cut off after {result['median']:.2f}, with {result['tokens']} tokens"
         table.add_row(name, spread, f"{result['tokens_per_second']:.0f}")
     if bound is not None:
         table.add_row("limit", f"{bound['all']:.2f}", f"{load.tokens / bound['all']:.0f}")
     Console().print(table)
     if args.json is not None:
-        report = {
+        facts = {
             "date": datetime.date.today().isoformat(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
             "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -229,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
             "limit": bound,
             **found,
         }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

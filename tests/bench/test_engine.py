@@ -23,6 +23,11 @@ def test_a_small_run(tmp_path: Path, monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     for name in ("taut", "transformers"):
         assert len(report[name]["seconds"]) == 2 and name in shown
+    module.main([*options.split(), "--within", "0.001", "--warm", "2", "--json", str(out)])
+    cut = json.loads(out.read_text())
+    for name in ("taut", "transformers"):
+        assert len(cut[name]["seconds"]) == 1 and cut[name]["tokens"] < cut["new_tokens"]
+    assert capsys.readouterr().out.count("cut off after") == 3  # the first table is of Taut alone
     assert 1 < report["taut"]["steps"] <= 20 and report["limit"] is None
     model = module.make_model(module.find("tiny-llama"), context=64, dtype=module.torch.float32, device="cpu")
     load = module.Load([[3] * 10, [4] * 5], [3, 2])
