@@ -6,13 +6,15 @@ import functools
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
-from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
+from transformers.models.whisper.generation_whisper import WhisperGenerationMixin, _dynamic_time_warping
 
 import taut
+from taut.engine.alignment import warp
 from taut.engine.segments import compression_ratio, cut
 from taut.engine.timestamps import Timestamps, timed
 from taut.errors import RequestError
@@ -220,6 +222,49 @@ def test_outputs_of_the_engine():
                 width = len(two["result"]["sequences"])
                 assert one["result"]["sequences"][:width].tolist() == two["result"]["sequences"].tolist()
                 assert len(one["result"]["scores"]) >= one["idxs"][1] - one["idxs"][0]
+
+
+@every_device
+@pytest.mark.parametrize("beams", [1, 2])
+def test_times_of_tokens(beams, device):
+    heads, heard = {"alignment_heads": [[0, 2], [1, 0], [1, 3]]}, features(3).to(device)
+    ours, theirs = configured(device, **heads)
+    options = {"language": "de", "num_beams": beams, "return_token_timestamps": True}
+    options |= {"return_segments": True, "return_timestamps": True}
+    for mask in (None, torch.ones(3, FRAMES, dtype=torch.int64, device=device)):
+        together = ours.generate(heard, attention_mask=mask, **options)
+        for row in range(3):
+            own = None if mask is None else mask[:1]
+            want = theirs.generate(heard[row : row + 1], attention_mask=own, **options)
+            got = ours.generate(heard[row : row + 1], attention_mask=own, **options)
+            segments = [made["segments"][at] for made, at in ((got, 0), (together, row), (want, 0))]
+            for *mine, other in zip(*segments, strict=True):
+                for one in mine:
+                    assert (one["token_timestamps"] - other["token_timestamps"].cpu()).abs().max() < 1e-4
+            times = torch.cat([one["token_timestamps"] for one in segments[0]])
+            assert torch.equal(got["token_timestamps"][0], times) and times.unique().numel() > 2
+    options |= {
+        "return_timestamps": False,
+        "return_segments": False,
+        "suppress_tokens": list(range(TIMES, VOCAB)),
+    }
+    cut_off = (torch.arange(FRAMES) < 33).long()[None].to(device)  # where the rest is silence
+    got, want = (made.generate(heard[:1], attention_mask=cut_off, **options) for made in (ours, theirs))
+    assert got.keys() == want.keys() == {"sequences", "token_timestamps"}
+    assert (got["token_timestamps"] - want["token_timestamps"].cpu()).abs().max() < 1e-4
+    assert got["token_timestamps"].max() <= 0.33
+    ours.generation_config = taut.GenerationConfig.from_dict(CONFIG)
+    with pytest.raises(RequestError, match="needs 'alignment_heads'"):
+        ours.generate(heard, **options)
+
+
+def test_paths_of_least_cost_equal_transformers():
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        costs = draw.standard_normal(draw.integers(1, (12, 40)))
+        costs = costs.round(1) if draw.random() < 0.5 else costs  # some steps cost the same
+        rows, columns = _dynamic_time_warping(costs)
+        assert warp(costs) == columns[np.diff(rows, prepend=-1).astype(bool)].tolist()
 
 
 def test_what_fails_is_said_again_at_the_next_temperature():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taut.batch import Batch, Source
+from taut.engine.alignment import token_times
 from taut.engine.beams import Beams
 from taut.engine.call import IGNORED, REFUSED, TAKEN, engine_for, prepare, settled
 from taut.engine.generate import check_streamed, serve
@@ -48,6 +49,7 @@ class Wanted:
     no_speech_threshold: float | None = None
     forced_decoder_ids: Sequence[Sequence[int | None]] | None = None
     return_segments: bool = False
+    return_token_timestamps: bool | None = None
     monitor_progress: Callable[[Tensor], None] | None = None
 
     def over(self, config: GenerationConfig) -> Wanted:
@@ -97,11 +99,13 @@ class Clip:
 class Said:
     """What a row made of its window."""
 
-    tokens: list[int]
+    tokens: list[int]  # with the end of the row
+    ended: bool
     result: Any  # of the engine's call, and where its tokens begin there
     begins: int
     conditioned: bool = False
     skipped: bool = False
+    times: list[float] | None = None
 
 
 def transcribe(
@@ -210,6 +214,7 @@ class Transcription:
             self.rules = Timestamps(self.first_time, silent, ends[0], initial)
         self.clips: list[Clip] = []
         self.given: list[list[int]] | None = None
+        self.heard: list[int] | None = None  # frames that are sound, where the caller says it
         self.max_length = config.max_length or DEFAULT_NEW_TOKENS
         self.seeds, self.steps = self._seeds(seed), 0
         self.last: GenerateOutput | None = None  # of the last window, where one call of the engine gave it
@@ -236,6 +241,8 @@ class Transcription:
             forced=self.wanted.forced_decoder_ids,
             detect=lambda: self.detect(self.first_states()),
         )
+        if attention_mask is not None:
+            self.heard = torch.as_tensor(attention_mask).sum(-1).tolist()
         conditioned = bool(self.wanted.condition_on_prev_tokens)
         self.clips = [
             Clip(row, frames[row], starts[row], conditioned)
@@ -351,11 +358,11 @@ class Transcription:
     def _say(self, clips: Sequence[Clip], prompts: list[list[int]], states: Tensor) -> list[Said]:
         """What is said of each window, at the first temperature at which it looks good."""
         wanted, width = self.wanted, max(map(len, prompts))
-        found, new = [Said([], None, width)] * len(clips), self._new_tokens(width)
+        found, new = [Said([], False, None, width)] * len(clips), self._new_tokens(width)
         silences = self._silences(clips, prompts, states)
         one = wanted.temperature is None or isinstance(wanted.temperature, (int, float))
         temperatures = [wanted.temperature] if one else list(wanted.temperature)
-        left = list(range(len(clips)))
+        left, heads = list(range(len(clips))), self._heads()
         for attempt, temperature in enumerate(temperatures):
             rows = self._run(
                 [clips[at] for at in left], [prompts[at] for at in left], states[left], new, temperature
@@ -366,13 +373,40 @@ class Transcription:
                 ends = bool(row.tokens) and row.tokens[-1] in self.config.eos_token_ids
                 low = temperature is None or temperature < 0.5
                 conditioned = bool(wanted.condition_on_prev_tokens) and low
-                found[at] = Said(row.tokens[: len(row.tokens) - ends], result, width, conditioned, skipped)
+                found[at] = Said(row.tokens, ends, result, width, conditioned, skipped)
                 if retry and attempt + 1 < len(temperatures):
                     again.append(at)
             left = again
             if not left:
                 break
+        if heads is not None:
+            parts = zip(found, prompts, states, clips, strict=True)
+            for one, prompt, state, clip in parts:
+                heard = None if self.heard is None else max((self.heard[clip.row] - clip.seek) // 2, 1)
+                one.times = token_times(
+                    self.model,
+                    state,
+                    prompt,
+                    one.tokens,
+                    heads,
+                    smooth=self.model.config.source.get("median_filter_width", 7),
+                    heard=heard,
+                    seconds=SECONDS,
+                )
         return found
+
+    def _heads(self) -> Sequence[Sequence[int]] | None:
+        """Those that look at the sound that a token is made of, where its time is asked for."""
+        if not self.wanted.return_token_timestamps:
+            return None
+        heads = known(self.config, "alignment_heads")
+        if not heads:
+            raise RequestError(
+                "return_token_timestamps=True needs 'alignment_heads', which generation_config.json lacks. "
+                "Next step: take the file of a newer revision of the checkpoint, or set "
+                "model.generation_config.alignment_heads"
+            )
+        return heads
 
     def _run(
         self,
@@ -472,9 +506,11 @@ class Transcription:
 
     def _add(self, clip: Clip, said: Said, frames: int) -> int:
         """Add the segments of a window, and give the frames that are done with."""
-        pieces, done = cut(said.tokens, self.first_time, frames)
-        tokens = torch.tensor(said.tokens, dtype=torch.int64, device=self.model.device)
+        kept = said.tokens[: len(said.tokens) - said.ended]
+        pieces, done = cut(kept, self.first_time, frames)
+        tokens = torch.tensor(kept, dtype=torch.int64, device=self.model.device)
         began = clip.seek * SECONDS / 2
+        times = torch.tensor(said.times or (), dtype=torch.float32) + began
         for piece in pieces:
             start, end = (began + time * SECONDS for time in (piece.start, piece.end))
             clip.segments.append(
@@ -486,20 +522,28 @@ class Transcription:
                     "result": said.result,
                 }
             )
+            if said.times is not None:
+                clip.segments[-1]["token_timestamps"] = times[piece.first : piece.last]
         return done
 
     def collect(self) -> Tensor | GenerateOutput | dict[str, Any]:
         """What `generate` returns."""
         dicts = bool(self.config.return_dict_in_generate)
-        if dicts and not self.wanted.return_timestamps and self.last is not None:
+        timed = bool(self.wanted.return_token_timestamps)
+        if dicts and not (timed or self.wanted.return_timestamps) and self.last is not None:
             return self.last
         prompted = self.wanted.prompt_ids is not None and self.wanted.prompt_condition_type == FIRST
         segments = [clip.segments[1:] if prompted else clip.segments for clip in self.clips]
         rows = [[token for one in own for token in one["tokens"].tolist()] for own in segments]
         sequences = rectangle(rows, self._pad(), torch.int64, self.model.device)
-        if not (dicts or self.wanted.return_segments):
+        if not (dicts or timed or self.wanted.return_segments):
             return sequences
-        return {"sequences": sequences, "segments": segments}
+        found: dict[str, Any] = {"sequences": sequences}
+        if timed:
+            found["token_timestamps"] = _filled(segments)
+        if self.wanted.return_segments or dicts:
+            found["segments"] = segments
+        return found
 
     def _pad(self) -> int:
         pad, ends = self.config.pad_token_id, self.config.eos_token_ids
@@ -511,6 +555,13 @@ _NO_TIMES = (
     "are. Next step: take the file of a newer revision of the checkpoint, or set "
     "model.generation_config.no_timestamps_token_id"
 )
+
+
+def _filled(segments: Sequence[Sequence[dict[str, Any]]]) -> Tensor:
+    """The times of all tokens of each clip, `[clips, tokens]`, filled up with the last."""
+    rows = [[time for one in own for time in one["token_timestamps"].tolist()] for own in segments]
+    longest = max(map(len, rows))
+    return torch.tensor([row + [row[-1] if row else 0.0] * (longest - len(row)) for row in rows])
 
 
 def _of_row(output: GenerateOutput, row: int) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class SpeechSeq2SeqLM(_Hears, Seq2SeqLM):
         | `task` | "transcribe", or "translate", to English |
         | `return_timestamps` | write timestamps, under the rules of Whisper; always where clips are long |
         | `return_segments` | return a dict of `sequences` and `segments` |
+        | `return_token_timestamps` | the dict, and each segment, has `token_timestamps` (seconds) |
         | `prompt_ids` | tokens that the decoder reads first, as `processor.get_prompt_ids` makes them |
         | `prompt_condition_type` | "first-segment"; or "all-segments", with `condition_on_prev_tokens` |
         | `condition_on_prev_tokens` | the decoder reads what was said in the windows before |
