@@ -1,8 +1,11 @@
-"""What every test shares: tests marked `gpu` are skipped where there is no CUDA device."""
+"""What every test shares: tests marked `gpu` are skipped where there is no CUDA device;
+scratch folders are removed at the end."""
 
 from __future__ import annotations
 
 import pytest
+
+from tests.scratch import remove
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_unconfigure() -> None:
+    remove()

@@ -6,7 +6,6 @@ Adding a family adds entries here; every property in `test_families.py` is then 
 from __future__ import annotations
 
 import functools
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+
+from tests.scratch import scratch
 
 VOCAB = 131
 CONTEXT = 64
@@ -342,7 +343,7 @@ def checkpoint(case: Case, auto: str = "AutoModelForCausalLM") -> Path:
             nn.init.uniform_(param, -0.3, 0.3) if "gemma" in case.name else nn.init.uniform_(param, 0.7, 1.3)
         else:
             nn.init.normal_(param, std=0.15)
-    folder = Path(tempfile.mkdtemp(prefix="taut-families-")) / f"{case.name}-{auto}"
+    folder = scratch("families") / f"{case.name}-{auto}"
     model.save_pretrained(folder)
     return folder
 

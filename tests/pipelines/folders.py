@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from tests.scratch import scratch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["the", "man", "plays", "guitar", "in", "paris", "and", "bob", "works", "at", "acme", "good", "bad"]
@@ -73,7 +74,7 @@ def letters(**options: Any) -> transformers.PreTrainedTokenizerFast:
 
 @functools.cache
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="taut-pipelines-"))
+    return scratch("pipelines")
 
 
 def write(name: str, kind: str, config: Mapping[str, Any], *parts: Any, seed: int = 0) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from taut.modeling import CausalLM
 from taut.models import read_config, rules
 from taut.quant.stored import Quantize
 from tests.families import CASES, TINY, VOCAB, checkpoint
+from tests.scratch import scratch
 
 pytest.importorskip("bitsandbytes")
 
@@ -209,7 +209,7 @@ def aligned(kind: str) -> Path:
     for param in model.parameters():
         if param.dim() >= 2:
             torch.nn.init.normal_(param, std=0.08)
-    folder = Path(tempfile.mkdtemp(prefix="taut-quant-")) / kind
+    folder = scratch("quant") / kind
     model.save_pretrained(folder)
     return folder
 

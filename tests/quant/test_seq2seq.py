@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from taut import AutoModelForSeq2SeqLM
 from tests.families import checkpoint
 from tests.quant.test_models import FORMATS, close, config, every_format, linears, off
+from tests.scratch import scratch
 from tests.seq2seq import BART, CASES, T5
 
 AUTO = "AutoModelForSeq2SeqLM"
@@ -78,7 +78,7 @@ def aligned(kind: str) -> Path:
     for param in model.parameters():
         if param.dim() >= 2:
             torch.nn.init.normal_(param, std=0.08)
-    folder = Path(tempfile.mkdtemp(prefix="taut-quant-")) / kind
+    folder = scratch("quant") / kind
     model.save_pretrained(folder)
     return folder
 
