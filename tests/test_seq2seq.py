@@ -11,8 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import taut
 from taut import AutoModelForSeq2SeqLM, weights
+from taut.engine.drafts import Ledger
+from taut.engine.lookup import Lookup
+from taut.engine.request import Request, SamplingParams
+from taut.engine.resident import Resident
 from taut.errors import ConfigError, RequestError
 from taut.models import families, family, kind
+from tests.families import CASES as DECODERS
 from tests.families import CONTEXT, VOCAB, Case, checkpoint, oracle
 from tests.seq2seq import CASES
 from tests.test_encoders import fields
@@ -271,6 +276,7 @@ def test_encoder_outputs_take_the_place_of_a_source():
 def test_bad_requests_are_named():
     case = next(case for case in CASES if case.name == "marian-two-tables")
     model, ids = load(case), torch.tensor([[5, 6, 7]])
+    decoder = taut.AutoModelForCausalLM.from_pretrained(checkpoint(DECODERS[0]))
     for options, message in (
         ({"decoder_input_ids": [[VOCAB - 10]]}, "decoder_input_ids row 0, position 0: token id 121"),
         ({"input_ids": torch.tensor([[VOCAB]])}, "input_ids row 0, position 0: token id 131"),
@@ -279,7 +285,12 @@ def test_bad_requests_are_named():
         ({"decoder_start_token_id": [4, 5]}, "decoder_start_token_id has 2 tokens for 1 rows"),
         ({"encoder_outputs": torch.zeros(1, 2, 3)}, r"its last_hidden_state \[rows, width, 48\] first"),
         ({"guidance_scale": 2.0}, "guidance_scale is 2.0, which is for decoders"),
-        ({"assistant_model": model}, "assistant_model is not supported for encoder-decoders"),
+        ({"assistant_model": load(named("bart"))}, "has 131 tokens in its vocabulary and the model 111"),
+        ({"assistant_model": decoder}, "is a llama without an encoder and the model a marian with an enc"),
+        (
+            {"assistant_model": model, "encoder_outputs": torch.zeros(1, 2, 48)},
+            "encoder_outputs are states of the model's own encoder",
+        ),
     ):
         with pytest.raises(RequestError, match=message):
             model.generate(**{"input_ids": ids, "max_new_tokens": 2, **options})
@@ -446,6 +457,43 @@ def test_options_of_generation_that_older_configs_hold(tmp_path):
     model.save_pretrained(tmp_path / "saved")  # from now on generation_config.json has them
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved")
     assert again.generation_config.num_beams == 4
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "marian"])
+def test_assisted_tokens_are_those_of_transformers(name, monkeypatch):
+    """A draft model reads each source by itself; greedy and drawn rows are what they are without guesses."""
+    monkeypatch.setattr(Ledger, "affords", lambda self, rows, drafted: True)
+    case, (sources, _) = named(name), prompts()
+    layers = {"num_layers": 1} if name == "t5" else {"encoder_layers": 1, "decoder_layers": 1}
+    small = Case(f"{name}-small", case.family, layers, case.base)
+    model, draft = load(case), load(small)
+    greedy = {"max_new_tokens": 12, **PLAIN}
+    given = {"input_ids": torch.tensor(sources[:1]), "attention_mask": torch.ones(1, len(sources[0]))}
+    want = reference(case).generate(**given, **greedy, assistant_model=reference(small))
+    together = padded(sources, "left", "cpu")
+    resident = Resident.of(model)
+    for assistant in (draft, model):
+        got = model.generate(**together, **greedy, assistant_model=assistant)
+        assert got[:1].tolist() == want.tolist()
+        assert torch.equal(got, model.generate(**together, **greedy))
+        draw = {**greedy, "do_sample": True, "seed": 3, "num_return_sequences": 2}
+        drawn = model.generate(**together, **draw)
+        assert torch.equal(model.generate(**together, **draw, assistant_model=assistant), drawn)
+        drafts = Resident.of(assistant)._drafts
+        assert drafts.pages.free == drafts.pages.count and not drafts.has_work
+    counted = []
+    for options in ({}, {"assistant_model": model}):
+        engine, ran = resident._engine, []
+        monkeypatch.setattr(engine, "_step", lambda step=engine._step, ran=ran: ran.append(1) or step())
+        model.generate(**together, **greedy, **options)
+        counted.append(len(ran))
+    assert counted[1] < counted[0] / 2  # the model itself guesses right
+
+
+def test_guesses_are_looked_up_in_the_source():
+    request = Request([2], SamplingParams(9), source=(7, 8, 9, 4), output=[7, 8])
+    assert Lookup(2, source=True).propose([request]) == {request: [9, 4]}
+    assert Lookup(2).propose([request]) == {}
 
 
 @pytest.mark.parametrize("name", ["t5", "marian"])

@@ -223,7 +223,7 @@ def prepare(
 def engine_for(model: Any, calls: Sequence[Call]) -> Engine:
     """The model's engine, with room for what calls of the same options ask for."""
     requests = [request for call in calls for request in call.requests]
-    _give_drafters(requests, calls[0].assistant, calls[0].config)
+    _give_drafters(model, requests, calls[0].assistant, calls[0].config)
     return Resident.of(model).engine(model, requests)
 
 
@@ -259,14 +259,16 @@ def _pairs(
     return given, prompts, sources
 
 
-def _give_drafters(requests: list[Request], assistant: Any, config: GenerationConfig) -> None:
+def _give_drafters(model: Any, requests: list[Request], assistant: Any, config: GenerationConfig) -> None:
     """Let the call's rows be guessed for, if it asks for that."""
     drafter: Drafter | None = None
     if assistant is not None:
         drafts = Resident.of(assistant).draft_model(assistant, requests)
         drafter = Assistant(drafts, assistant, config.num_assistant_tokens)
     elif config.prompt_lookup_num_tokens is not None:
-        drafter = Lookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or 2)
+        encoder, most = model.config.encoder, config.prompt_lookup_num_tokens
+        same = encoder is not None and encoder.vocab_size == model.config.vocab_size
+        drafter = Lookup(most, config.max_matching_ngram_size or 2, source=same)
     for request in requests:
         request.drafter = drafter
         if drafter is None and request.constraint is not None and request.group is None:

@@ -24,7 +24,8 @@ class DraftModel:
     """A model that guesses how rows of another one go on, by those rows' own options and random numbers.
 
     A row gets guesses of 5 tokens at first, 2 more after a guess that was right to its end and 1 less after
-    any other. A row that the cache has no room for gets none. Methods may be called from any thread.
+    any other. A row that the cache has no room for gets none. The source of an encoder-decoder's row is read
+    once by the draft model too. Methods may be called from any thread.
     """
 
     def __init__(self, model: Any, *, num_pages: int, page_size: int = 16):
@@ -33,6 +34,7 @@ class DraftModel:
         self.graphs = DecodeGraph(self.runner) if refuses(model) is None else None
         self.sampler = Sampler()
         self._context, self._boundary = model.config.context, model.config.rope_boundary
+        self._encoder = model.config.encoder
         self._rows: dict[Request, _Draft] = {}
         self._lock = threading.Lock()
 
@@ -47,6 +49,7 @@ class DraftModel:
             drafts = [self._rows.setdefault(request, _Draft(request)) for request in requests]
             drafts = [draft for draft in drafts if self._begin(draft, most)]
             if drafts:
+                self._encode(drafts)
                 self._catch_up(drafts)
                 if not self._chain(drafts):
                     self._draw(drafts)
@@ -63,6 +66,7 @@ class DraftModel:
             draft = self._rows.pop(request, None)
             if draft is not None:
                 self.pages.release(draft.pages)
+                self.pages.release(draft.source_pages)
 
     def _begin(self, draft: _Draft, most: int) -> bool:
         """Make a row ready for its next guess; False where there can be none."""
@@ -77,7 +81,7 @@ class DraftModel:
             elif not draft.long:
                 draft.long, draft.computed = True, 0
         draft.count = most
-        return most > 0 and self._reserve(draft, most)
+        return most > 0 and self._reserve_source(draft) and self._reserve(draft, most)
 
     def _reserve(self, draft: _Draft, count: int) -> bool:
         """Pages for the keys of so many guesses, but for the last."""
@@ -87,6 +91,28 @@ class DraftModel:
         if need > 0:
             self.pages.extend(draft.pages, need)
         return True
+
+    def _reserve_source(self, draft: _Draft) -> bool:
+        """Pages for the keys of what the draft model's encoder reads."""
+        if draft.source is None or draft.source_pages:
+            return True
+        need = self.pages.needed(len(draft.source))
+        if need > self.pages.free or len(draft.source) > self._encoder.context:
+            return False
+        self.pages.extend(draft.source_pages, need)
+        return True
+
+    def _encode(self, drafts: list[_Draft]) -> None:
+        """Read the sources that were not read yet, as many at a time as make a chunk."""
+        unread = [draft for draft in drafts if draft.source is not None and not draft.read]
+        while unread:
+            some, left = [], CHUNK
+            while unread and (not some or len(unread[0].source) <= left):
+                left -= len(unread[0].source)
+                some.append(unread.pop(0))
+            self.runner.encode(some)
+            for draft in some:
+                draft.read = True
 
     def _catch_up(self, drafts: list[_Draft]) -> None:
         """Compute what rows have got since, but for their last tokens."""
@@ -137,7 +163,7 @@ class DraftModel:
             try:
                 return self.sampler(logits, views)[0]
             except Exception:
-                pass
+                self._encode(drafts)
         tokens: list[int | None] = []
         for at, view in enumerate(views):
             try:
@@ -158,6 +184,12 @@ class _Draft(Row):
     long: bool = False
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    source_pages: list[int] = field(default_factory=list)
+    read: bool = False  # the source, whose keys then lie in these pages
+
+    @property
+    def source(self) -> tuple[int, ...] | None:
+        return self.request.source
 
     @property
     def prompt(self) -> list[int]:

@@ -113,7 +113,7 @@ class DecodeGraph:
         width = LEAST_PAGES
         while width < max(len(w.row.pages) for w in work) + 1:  # room to grow before the next capture
             width *= 2
-        sources = max(len(w.row.request.source_pages) for w in work)  # 0 without
+        sources = max(len(w.row.source_pages) for w in work)  # 0 without
         sources = 1 << (sources - 1).bit_length() if sources else 0
         where = width, sources, restrictions()  # every host value that a capture bakes in, the rows aside
         fits = [size for size in ROW_BUCKETS if size >= len(work)]

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from taut.engine.request import Request, Row
 
 # Places with the same last tokens that are compared, the newest, and how far back.
@@ -17,18 +19,20 @@ class Lookup:
     """Guesses that a row goes on as it did the last time its last `ngram` tokens (2, or 1) stood in it; of
     several places, where most of what comes before is the same too.
 
+    `source`: of an encoder-decoder, look into what the encoder read as well, which has the same vocabulary.
+
     After guesses that were right a row gets longer ones, of up to `most` tokens; after wrong ones it gets
     short ones, and rarely.
     """
 
-    def __init__(self, most: int, ngram: int = 2):
-        self.most, self.ngram = most, min(ngram, 2)
+    def __init__(self, most: int, ngram: int = 2, *, source: bool = False):
+        self.most, self.ngram, self.source = most, min(ngram, 2), source
         self._rows: WeakKeyDictionary[Request, _History] = WeakKeyDictionary()
 
     def propose(self, requests: Sequence[Request]) -> Mapping[Row, Sequence[int]]:
         guesses = {}
         for request in requests:
-            row = self._rows.setdefault(request, _History(self.ngram))
+            row = self._rows.setdefault(request, _History(self.ngram, self._read(request)))
             if len(request.output) < row.rests_until:
                 continue
             guess = row.guess(request, min(row.size, self.most))
@@ -37,6 +41,10 @@ class Lookup:
             else:
                 row.missed(request)
         return guesses
+
+    def _read(self, request: Request) -> list[int]:
+        known = self.source and request.source is not None and not isinstance(request.source, Tensor)
+        return list(request.source) if known else []
 
     def learn(self, request: Request, offered: int, right: int) -> None:
         row = self._rows[request]
@@ -61,6 +69,7 @@ class _History:
     """What is known of one row: places of its n-grams, and how good guesses were lately."""
 
     ngram: int
+    source: list[int] = field(default_factory=list)
     size: int = 4  # of the next guess
     wait: int = 0
     misses: int = 0
@@ -70,7 +79,7 @@ class _History:
 
     def guess(self, request: Request, size: int) -> list[int]:
         """Tokens that followed where the row ended as it does now; [] where it never did."""
-        tokens = request.prompt + request.output
+        tokens = self.source + request.prompt + request.output
         length = len(tokens)
         for end in range(max(self._seen, self.ngram), length):  # the n-gram at the very end is looked for
             key = tuple(tokens[end - self.ngram : end])

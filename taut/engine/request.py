@@ -147,6 +147,8 @@ class Row:
     pages: list[int]
     found: int
     indexed: int | None
+    source: tuple[int, ...] | Tensor | None
+    source_pages: list[int]
 
     @property
     def length(self) -> int:
@@ -286,6 +288,14 @@ class Branch(Row):
     @property
     def params(self) -> SamplingParams:
         return self.request.params
+
+    @property
+    def source(self) -> tuple[int, ...] | Tensor | None:
+        return self.request.source
+
+    @property
+    def source_pages(self) -> list[int]:
+        return self.request.source_pages
 
     @property
     def logits_processors(self) -> tuple[LogitsProcessor, ...]:

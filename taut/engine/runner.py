@@ -13,7 +13,7 @@ from torch import Tensor
 from taut.batch import Batch, PagedKV
 from taut.config import Dynamic, ModelConfig
 from taut.engine.replay import Replays
-from taut.engine.request import Request, Row
+from taut.engine.request import Row
 from taut.engine.scheduler import Work
 
 
@@ -71,25 +71,21 @@ class Runner:
         return self.model.logits(hidden if last.shape[0] == batch.tokens else hidden.index_select(0, last))
 
     @torch.inference_mode()
-    def encode(self, requests: Sequence[Request]) -> None:
-        """Encode the sources of requests, and fill their pages with the keys made of them."""
-        if not requests:
+    def encode(self, rows: Sequence[Row]) -> None:
+        """Encode the sources of rows, and fill their pages with the keys made of them."""
+        if not rows:
             return
-        ids = [request.source for request in requests if not isinstance(request.source, Tensor)]
+        ids = [row.source for row in rows if not isinstance(row.source, Tensor)]
         made: Iterator[Tensor] = iter(())
         if ids:
-            made = iter(self.encoder(Batch.of(ids, self.device)).split([len(row) for row in ids]))
+            made = iter(self.encoder(Batch.of(ids, self.device)).split([len(source) for source in ids]))
         hidden = torch.cat(
             [
-                request.source.to(self.device, self.model.dtype)
-                if isinstance(request.source, Tensor)
-                else next(made)
-                for request in requests
+                row.source.to(self.device, self.model.dtype) if isinstance(row.source, Tensor) else next(made)
+                for row in rows
             ]
         )
-        slots = np.concatenate(
-            [self._slots(request.source_pages, 0, len(request.source)) for request in requests]
-        )
+        slots = np.concatenate([self._slots(row.source_pages, 0, len(row.source)) for row in rows])
         self.model.store(hidden, self.keys, self.values, torch.from_numpy(slots).to(self.device))
 
     def _slots(self, pages: Sequence[int], start: int, stop: int) -> np.ndarray:
@@ -141,7 +137,7 @@ class Runner:
         asked = sum(row.asked for row in rows)
         # All integers of a batch share one buffer, 64-bit ones first: a single copy to the device.
         parts = [2 * tokens, 2 * tokens, 2 * asked, tokens, count + 1, count, count, count * width]
-        wide = max(len(row.row.request.source_pages) for row in rows)  # 0 without sources
+        wide = max(len(row.row.source_pages) for row in rows)  # 0 without sources
         parts += [count * (wide > 0), count * wide]
         host = self._host(sum(parts))
         ids, slots, last, positions, starts, lengths, totals, table, source_lengths, source_table = (
@@ -179,8 +175,8 @@ class Runner:
         table, first = table.view(count, width), _in_order(rows[0].row.pages[:width]) if count == 1 else None
         kv, source = PagedKV(self.keys, self.values, table, lengths, slots, longest, first, fresh), None
         if wide:
-            first = _in_order(rows[0].row.request.source_pages) if count == 1 else None
-            longest = max(len(row.row.request.source) for row in rows)
+            first = _in_order(rows[0].row.source_pages) if count == 1 else None
+            longest = max(len(row.row.source) for row in rows)
             table = source_table.view(count, wide)
             source = PagedKV(self.keys, self.values, table, source_lengths, None, longest, first)
         return Batch(ids, positions, starts, widest, kv=kv, totals=totals, source=source), last
@@ -204,8 +200,8 @@ class Runner:
 
 def fill_source(lengths: np.ndarray, table: np.ndarray, index: int, row: Row) -> None:
     """Write where the source of a batch's row `index` lies."""
-    pages = row.request.source_pages
-    lengths[index] = len(row.request.source)
+    pages = row.source_pages
+    lengths[index] = len(row.source)
     table[index, : len(pages)] = pages
     table[index, len(pages) :] = pages[0]
 

@@ -23,10 +23,10 @@ def check_encoder(model: Any, config: GenerationConfig, assistant: Any, beginnin
             f"guidance_scale is {config.guidance_scale}, which is for decoders: beside a source, a prompt to "
             "move away from is not defined. Next step: leave it out"
         )
-    if assistant is not None:
+    if assistant is not None and beginning["encoder_outputs"] is not None:
         raise RequestError(
-            "assistant_model is not supported for encoder-decoders; without it the output is the same. "
-            "Next step: leave it out, or try prompt_lookup_num_tokens"
+            "encoder_outputs are states of the model's own encoder, and the assistant_model reads token ids. "
+            "Next step: pass input_ids, or leave assistant_model out"
         )
 
 
@@ -87,12 +87,25 @@ def check_assistant(model: Any, assistant: Any, config: GenerationConfig) -> Non
             f"assistant_model is a {type(assistant).__name__}; expected a model of "
             "taut.AutoModelForCausalLM.from_pretrained"
         )
-    theirs, own = assistant.config.vocab_size, model.config.vocab_size
-    if theirs != own:
-        raise RequestError(
-            f"assistant_model has {theirs} tokens in its vocabulary and the model {own}: they can't share a "
-            "tokenizer. Next step: use a smaller model of the same family, or prompt_lookup_num_tokens"
+    if (assistant.config.encoder is None) != (model.config.encoder is None):
+        kinds = (
+            f"{one.config.model_type} {'without' if one.config.encoder is None else 'with'} an encoder"
+            for one in (assistant, model)
         )
+        raise RequestError(
+            f"assistant_model is a {next(kinds)} and the model a {next(kinds)}. Next step: use a smaller "
+            "model of the same family, or prompt_lookup_num_tokens"
+        )
+    sizes = [(assistant.config.vocab_size, model.config.vocab_size)]
+    if model.config.encoder is not None:
+        sizes.append((assistant.config.encoder.vocab_size, model.config.encoder.vocab_size))
+    for theirs, own in sizes:
+        if theirs != own:
+            raise RequestError(
+                f"assistant_model has {theirs} tokens in its vocabulary and the model {own}: they can't "
+                "share a tokenizer. Next step: use a smaller model of the same family, or "
+                "prompt_lookup_num_tokens"
+            )
 
 
 def check_together(config: GenerationConfig, negative: bool) -> None:
