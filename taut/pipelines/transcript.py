@@ -61,10 +61,14 @@ class Transcript:
         tokens: Sequence[int],
         cut: tuple[float, float, float] | None = None,
         ends: Sequence[float] | None = None,
+        language: int | None = None,
     ) -> None:
         """What the model wrote of the next chunk. `cut`: its seconds, and how many of them at its left and
-        right end are those of other chunks too; `ends`: the second in which each token ends."""
+        right end are those of other chunks too; `ends`: the second in which each token ends; `language`: the
+        token of its language, where it isn't among them."""
         tokens, current, clock = self._answer(tokens), Part(), _Clock(self.window)
+        if language is not None:
+            current = self._speaks(self.languages[language], current)
         least, most = float(self.first), None
         if cut is not None:
             length, left, right = cut

@@ -23,13 +23,23 @@ from taut.tokenizer.languages import LANGUAGES
 class WhisperSettings(SpeechSettings, GenerateSettings):
     """`chunk_length_s`: seconds of a chunk that long speech is cut into, None or 0 for windows of 30 seconds,
     each of which begins where the model says that the one before ended; `stride_length_s`: seconds that
-    chunks share, by default a sixth of a chunk at each end; `return_timestamps`: True, and `chunks` say when
-    each segment was spoken; `return_language`: they say in which language too; `ignore_warning` is
-    transformers', and changes nothing here; `timeout`: seconds to wait for an address. All other options are
-    those of `generate` (`language`, `task` ...)."""
+    chunks share, by default a sixth of a chunk at each end; `return_timestamps`: True or "word", and
+    `chunks` say when each segment or word was spoken; `return_language`: they say in which language too;
+    `ignore_warning` is transformers', and changes nothing here; `timeout`: seconds to wait for an address.
+    All other options are those of `generate` (`language`, `task` ...)."""
 
     return_language: bool | None = None
     ignore_warning: bool | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote of a piece: its tokens, in which second each ended where that was asked, and the
+    token of the language that it began with where that is known."""
+
+    tokens: list[int]
+    ends: list[float] | None = None
+    language: int | None = None
 
 
 class WhisperRecognition(Generating, SpeechRecognition):
@@ -42,10 +52,10 @@ class WhisperRecognition(Generating, SpeechRecognition):
     budget: ClassVar[Mapping[str, int]] = {"cpu": 4, "cuda": 64}  # windows
 
     def check(self, settings: WhisperSettings) -> None:
-        if settings.return_timestamps not in (None, False, True):
+        if settings.return_timestamps not in (None, False, True, "word"):
             raise RequestError(
                 f"return_timestamps is {settings.return_timestamps!r}; of Whisper there are times of "
-                "segments (True), and none of words or characters yet"
+                "segments (True) and of words ('word')"
             )
         most = self.processor.chunk_length
         if settings.chunk_length_s and settings.chunk_length_s > most:
@@ -55,17 +65,18 @@ class WhisperRecognition(Generating, SpeechRecognition):
             )
 
     def piece(self, clip: np.ndarray, note: Any = None) -> Piece:
-        """The spectrogram of a window, or of all of a longer clip."""
-        options: dict[str, Any] = {"sampling_rate": self.processor.sampling_rate, "return_tensors": "pt"}
+        """The spectrogram of a window, or of all of a longer clip, with the mask of what is sound."""
+        options: dict[str, Any] = {"return_tensors": "pt", "return_attention_mask": True}
         if len(clip) > self.processor.n_samples:
             options |= {"truncation": False, "padding": "longest"}
-        return Piece({"input_features": self.processor(clip, **options)["input_features"][0]}, 1, note)
+        found = self.processor(clip, sampling_rate=self.processor.sampling_rate, **options)
+        return Piece({name: value[0] for name, value in found.items()}, 1, note)
 
-    def compute(self, pieces: Sequence[Piece], settings: WhisperSettings) -> Sequence[list[int]]:
-        """The tokens that the model writes of each piece; those of one window go together, and longer ones
-        do."""
+    def compute(self, pieces: Sequence[Piece], settings: WhisperSettings) -> Sequence[Written]:
+        """What the model writes of each piece; those of one window go together, and longer ones do."""
         options, times = self.generation(settings), self._times(settings)
-        options |= {"return_segments": bool(settings.return_language), "return_dict_in_generate": False}
+        options |= {"return_dict_in_generate": False, "return_token_timestamps": times == "word"}
+        options["return_segments"] = times == "word" or bool(settings.return_language)
         found: list[Any] = [None] * len(pieces)
         window = self.processor.nb_max_frames
         for long in (False, True):
@@ -75,32 +86,38 @@ class WhisperRecognition(Generating, SpeechRecognition):
                 if (piece.inputs["input_features"].shape[1] > window) == long
             ]
             if rows:
-                heard = [pieces[row].inputs["input_features"] for row in rows]
-                options["return_timestamps"] = times or long  # by which it goes on
-                for row, one in zip(rows, self._write(heard, options), strict=True):
+                options["return_timestamps"] = bool(times) or long  # by which it goes on
+                written = self._write([pieces[row].inputs for row in rows], options)
+                for row, one in zip(rows, written, strict=True):
                     found[row] = one
         return found
 
-    def _write(self, heard: Sequence[Tensor], options: Mapping[str, Any]) -> list[list[int]]:
-        """The tokens that the model writes of spectrograms `[mel bins, frames]`."""
-        counts = torch.tensor([one.shape[1] for one in heard])
-        frames = torch.nn.utils.rnn.pad_sequence([one.T for one in heard], batch_first=True).mT
-        mask = (torch.arange(frames.shape[2]) < counts[:, None]).long()
-        found = self.model.generate(frames.to(self.device, self.dtype), attention_mask=mask, **options)
+    def _write(self, heard: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]) -> list[Written]:
+        """What the model writes of spectrograms `[mel bins, frames]`."""
+        rows = [one["input_features"].T for one in heard]
+        frames = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).mT.to(self.device, self.dtype)
+        masks = [one["attention_mask"] for one in heard]
+        mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        found = self.model.generate(frames, attention_mask=mask, **options)
         if not isinstance(found, Mapping):
-            return found.tolist()
-        rows = zip(found["sequences"].tolist(), found["segments"], strict=True)
-        return [self._language(segments) + row for row, segments in rows]
+            return [Written(row) for row in found.tolist()]
+        written = []
+        for row, segments in zip(found["sequences"].tolist(), found["segments"], strict=True):
+            ends = None
+            if options["return_token_timestamps"]:
+                ends = [time for one in segments for time in one["token_timestamps"].tolist()]
+            written.append(Written(row, ends, self._language(segments)))
+        return written
 
-    def _language(self, segments: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _language(self, segments: Sequence[Mapping[str, Any]]) -> int | None:
         """The token of the language that the decoder began with, if it began with one."""
         if not segments:
-            return []
+            return None
         known = set((self.model.generation_config.to_dict().get("lang_to_id") or {}).values())
-        return [token for token in segments[0]["result"].tolist() if token in known][:1]
+        return next((token for token in segments[0]["result"].tolist() if token in known), None)
 
     def finish(
-        self, item: Any, pieces: Sequence[Piece], outputs: Sequence[list[int]], settings: WhisperSettings
+        self, item: Any, pieces: Sequence[Piece], outputs: Sequence[Written], settings: WhisperSettings
     ) -> dict[str, Any]:
         rate, positions = self.processor.sampling_rate, self.model.config.encoder.context
         transcript = Transcript(
@@ -110,12 +127,12 @@ class WhisperRecognition(Generating, SpeechRecognition):
             precision=self.processor.chunk_length / positions,
             window=positions,
         )
-        for piece, tokens in zip(pieces, outputs, strict=True):
+        for piece, written in zip(pieces, outputs, strict=True):
             cut = piece.note
             seconds = None if cut is None else (cut.samples / rate, cut.left / rate, cut.right / rate)
-            transcript.add(tokens, seconds)
+            transcript.add(written.tokens, seconds, written.ends, written.language)
         return {**transcript.result(language=bool(settings.return_language)), **more(item, len(pieces))}
 
-    def _times(self, settings: WhisperSettings) -> bool:
+    def _times(self, settings: WhisperSettings) -> bool | str:
         said = self.model.generation_config.to_dict().get("return_timestamps")
-        return bool(settings.return_timestamps or said)
+        return settings.return_timestamps or said or False

@@ -75,7 +75,7 @@ def clip(seconds: float, seed: int = 0) -> np.ndarray:
         {"generate_kwargs": {"language": "fr", "task": "transcribe"}},
         {"generate_kwargs": {"language": "english", "num_beams": 1}, "return_language": True},
         {"return_timestamps": True, "num_beams": 2},
-        {"chunk_length_s": 2, "ignore_warning": True, "num_beams": 1},
+        CHUNKED | {"return_timestamps": "word", "num_beams": 1},
         CHUNKED | {"return_timestamps": True, "return_language": True, "num_beams": 1},
     ],
     ids=str,
@@ -83,7 +83,9 @@ def clip(seconds: float, seed: int = 0) -> np.ndarray:
 @pytest.mark.filterwarnings("ignore")
 def test_results_are_those_of_transformers(options):
     pipe, reference = pipes()
-    clips = [clip(1.4), clip(3.5 if "chunk_length_s" in options else 2.0, 1)]
+    # Where a window begins behind the sound, transformers gives words other times.
+    whole = options.get("return_timestamps") == "word"
+    clips = [clip(2.0 if whole else 1.4), clip(3.2 if "chunk_length_s" in options else 2.0, 1)]
     want = [reference(one.copy(), **options) for one in clips]
     assert sum(len(one["text"]) for one in want) > 10
     same(pipe(clips, **options), want)
