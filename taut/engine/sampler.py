@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 
 import torch
@@ -190,14 +190,27 @@ def edit(logits: Tensor, requests: Sequence[Row]) -> Tensor:
     if limited:
         masks = [requests[row].constraint.mask(requests[row].output) for row in limited]
         scores[limited] = bar(scores[limited], masks)
-    if in_time:
-        scores[in_time] = timed(scores[in_time], [requests[row] for row in in_time])
+    for at in _alike(requests, in_time):
+        some = [requests[row] for row in at]
+        if len(at) == len(requests):
+            scores = timed(scores, some)
+        else:
+            scores[at] = timed(scores[at], some)
     for row in users:
         request = requests[row]
         ids = torch.tensor([request.prompt + request.output], device=scores.device)  # [1, length]
         for processor in request.logits_processors:
             scores[row] = _processed(processor, ids, scores[row : row + 1])
     return scores
+
+
+def _alike(requests: Sequence[Row], rows: Sequence[int]) -> Iterable[list[int]]:
+    """These rows by the token at which their timestamps begin."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        rule = requests[row].params.timestamps
+        found.setdefault((rule.begin, rule.never), []).append(row)
+    return found.values()
 
 
 def _processed(processor: Callable[[Tensor, Tensor], Tensor], ids: Tensor, scores: Tensor) -> Tensor:

@@ -40,18 +40,21 @@ class Timestamps:
 
 
 def timed(scores: Tensor, rows: Sequence[Row]) -> Tensor:
-    """`scores` `[rows, vocab]` with -inf for what the `timestamps` of each row's options exclude."""
+    """`scores` `[rows, vocab]`, changed in place: -inf for what the `timestamps` of the rows' options
+    exclude, those of all rows from one token on."""
     vocab, rules = scores.shape[1], [row.params.timestamps for row in rows]
-    bounds = [
-        (*rule.bounds(row.output, vocab), rule.begin, rule.never)
-        for rule, row in zip(rules, rows, strict=True)
-    ]
-    text, first, last, begin, never = torch.tensor(bounds, device=scores.device).t().unsqueeze(2)
-    ids = torch.arange(vocab, device=scores.device)
-    times = ids >= begin  # [rows, vocab]
-    barred = torch.where(times, (ids < first) | (ids >= last), (ids < text) | (ids == never))
-    scores = scores.masked_fill(barred, -torch.inf)
-    logprobs = scores.float().log_softmax(-1)
-    all_times = logprobs.masked_fill(~times, -torch.inf).logsumexp(-1, keepdim=True)
-    likelier = all_times > logprobs.masked_fill(times, -torch.inf).amax(-1, keepdim=True)
-    return scores.masked_fill(likelier & ~times, -torch.inf)
+    begin, device = rules[0].begin, scores.device
+    bounds = [rule.bounds(row.output, vocab) for rule, row in zip(rules, rows, strict=True)]
+    text, times = scores[:, :begin], scores[:, begin:]
+    text[:, rules[0].never] = -torch.inf
+    least, first, last = torch.tensor(bounds, device=device).t().unsqueeze(2)
+    ids = torch.arange(begin, vocab, device=device)
+    times.masked_fill_((ids < first) | (ids >= last), -torch.inf)
+    if late := [at for at, (start, *_) in enumerate(bounds) if start]:
+        at = torch.tensor(late, device=device)
+        barred = torch.arange(begin, device=device) < least[at]
+        text[at] = text[at].masked_fill(barred, -torch.inf)
+    # The sum over all tokens, by which probabilities differ from scores, is the same on both sides.
+    likelier = times.logsumexp(-1, keepdim=True) > text.amax(-1, keepdim=True)
+    text.masked_fill_(likelier, -torch.inf)
+    return scores
