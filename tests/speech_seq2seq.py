@@ -44,6 +44,7 @@ CASES = [
         },
         WHISPER,
     ),
+    Case("whisper-assistant", "Whisper", {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1}, WHISPER),
     Case("whisper-untied", "Whisper", {"tie_word_embeddings": False, "scale_embedding": True}, WHISPER),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers.models.whisper.generation_whisper import WhisperGenerationMixi
 
 import taut
 from taut.engine.alignment import warp
+from taut.engine.drafts import Ledger
 from taut.engine.segments import compression_ratio, cut
 from taut.engine.timestamps import Timestamps, timed
 from taut.errors import RequestError
@@ -225,6 +227,28 @@ def test_outputs_of_the_engine():
 
 
 @every_device
+def test_an_assistant_hears_for_itself_and_changes_no_token(device, monkeypatch):
+    monkeypatch.setattr(Ledger, "affords", lambda self, rows, drafted: True)
+    ours, _ = configured(device)
+    small = next(case for case in CASES if case.name == "whisper-assistant")
+    assistant = taut.WhisperForConditionalGeneration.from_pretrained(checkpoint(small, AUTO), device=device)
+    heard, rounds = [], []
+    assistant.encoder.register_forward_hook(lambda _m, _i, out: heard.append(out.shape[0]))
+    options = {"language": "en", "return_timestamps": True}
+    want = ours.generate(features(3).to(device), **options).tolist()
+    assert ours.generate(features(3).to(device), assistant_model=assistant, **options).tolist() == want
+    assert heard[0] == 3 * FRAMES // 2
+    # One that is like the model itself guesses all.
+    twin, options = copy.deepcopy(ours), {"language": "en", "suppress_tokens": list(range(TIMES, VOCAB))}
+    ours.decoder.register_forward_hook(lambda _m, given, _o: rounds.append(given[0].rows))
+    ours.generate(features(1).to(device), **options)
+    plain_rounds = len(rounds)
+    ours.generate(features(1).to(device), assistant_model=twin, **options)
+    assert len(rounds) - plain_rounds < plain_rounds / 2
+    models.cache_clear()  # the hooks stay with the model
+
+
+@every_device
 @pytest.mark.parametrize("beams", [1, 2])
 def test_times_of_tokens(beams, device):
     heads, heard = {"alignment_heads": [[0, 2], [1, 0], [1, 3]]}, features(3).to(device)
@@ -300,6 +324,7 @@ def test_progress_and_a_streamer():
 
 def test_bad_requests_are_named():
     ours, _ = configured()
+    other = taut.WhisperForConditionalGeneration.from_pretrained(checkpoint(CASES[1], AUTO))
     for options, message in (
         ({"language": "klingon"}, "language is 'klingon'; known: english, chinese"),
         ({"language": "english "}, "nearest: english"),
@@ -324,7 +349,11 @@ def test_bad_requests_are_named():
         ({"forced_decoder_ids": [[1, 5], [3, 6]]}, "the places 1, 2, 3"),
         ({"langauge": "en"}, "unknown generation option 'langauge'; nearest: language"),
         ({"streamer": SimpleNamespace()}, "a streamer shows one row, but the call makes 2"),
-        ({"assistant_model": ours}, "assistant_model is not supported for encoder-decoders"),
+        (
+            {"assistant_model": other},
+            "assistant_model hears 33 mel bins at 30 positions, and the model 20 at 30",
+        ),
+        ({"assistant_model": ours, "num_beams": 2}, "assistant_model guesses for single rows"),
         ({"inputs_embeds": features(1)}, "generation starts from token ids"),
         ({"guidance_scale": 2.0}, "guidance_scale is 2.0, which is for decoders"),
     ):

@@ -188,8 +188,9 @@ class _Draft(Row):
     read: bool = False  # the source, whose keys then lie in these pages
 
     @property
-    def source(self) -> tuple[int, ...] | None:
-        return self.request.source
+    def source(self) -> tuple[int, ...] | Tensor | None:
+        own = self.request.draft_source
+        return self.request.source if own is None else own
 
     @property
     def prompt(self) -> list[int]:

@@ -194,6 +194,7 @@ class Request(Row):
     | `prompt`, `params` | caller | token ids and how to continue them |
     | `source` | caller | of an encoder-decoder: what the encoder reads, token ids or its hidden states \
 `[length, dim]` |
+    | `draft_source` | caller | those of the draft model's encoder; None: it takes the `source` |
     | `logits_processors` | caller | called in order with (ids `[1, length]` int64, scores `[1, vocab]`), \
 give new scores |
     | `should_stop` | caller | called after each new token; True ends the row with `stop_string` |
@@ -226,6 +227,7 @@ share, None: no more of them |
     drafter: Drafter | None = None
     group: Group | None = None
     source: tuple[int, ...] | Tensor | None = None
+    draft_source: Tensor | None = None
     scope: Hashable | None = ()
     id: int = -1
     submitted: float = 0.0

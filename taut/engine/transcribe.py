@@ -26,6 +26,7 @@ from taut.engine.sources import encoder_states
 from taut.engine.spoken import beginnings, known
 from taut.engine.streamers import Streamer
 from taut.engine.timestamps import Timestamps
+from taut.engine.together import check_assistant
 from taut.errors import RequestError
 
 SECONDS = 0.02  # a timestamp's; half of it is a frame's
@@ -89,6 +90,7 @@ class Clip:
     conditioned: bool
     seek: int = 0
     segments: list[dict[str, Any]] = field(default_factory=list)
+    draft: Tensor | None = None  # what the encoder of an assistant gives of the window
 
     @property
     def spoken(self) -> bool:
@@ -161,6 +163,15 @@ def detect_language(
 FUNCTIONS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "tokenizer")
 
 
+def encoded(model: Any, windows: Sequence[Tensor]) -> Tensor:
+    """An encoder's states of windows `[bins, frames]`, filled up with zeros: `[clips, tokens, dim]`."""
+    whole = model.encoder.frames
+    filled = torch.stack([F.pad(one, (0, whole - one.shape[1])) for one in windows])
+    with torch.no_grad():
+        batch, padding = model.encoder.pack(filled)
+        return padding.unpack(model.packed(model.encoder, batch))
+
+
 def _heard(
     model: Any, input_features: Tensor | None, encoder_outputs: Any
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -193,6 +204,7 @@ class Transcription:
     ):
         self.model, self.config, self.wanted, self.passed = model, config, wanted, passed
         self.features, self.states, self.streamer = features, states, streamer
+        self.assistant = self._checked(passed.pop("assistant_model", None))
         self.window = model.encoder.frames
         self.frames = features.shape[2] if features is not None else 2 * states.shape[1]
         self.rows = len(features if features is not None else states)
@@ -218,6 +230,24 @@ class Transcription:
         self.max_length = config.max_length or DEFAULT_NEW_TOKENS
         self.seeds, self.steps = self._seeds(seed), 0
         self.last: GenerateOutput | None = None  # of the last window, where one call of the engine gave it
+
+    def _checked(self, assistant: Any) -> Any:
+        """The model that guesses; `RequestError` for one that can't hear what this one hears."""
+        check_assistant(self.model, assistant, self.config)
+        if assistant is None:
+            return None
+        if self.states is not None:
+            raise RequestError(
+                "encoder_outputs are states of the model's own encoder, and the assistant_model has another. "
+                "Next step: pass input_features, or leave assistant_model out"
+            )
+        theirs, own = (one.config.encoder for one in (assistant, self.model))
+        if (theirs.mel_bins, theirs.context) != (own.mel_bins, own.context):
+            raise RequestError(
+                f"assistant_model hears {theirs.mel_bins} mel bins at {theirs.context} positions, and the "
+                f"model {own.mel_bins} at {own.context}. Next step: use one that takes the same features"
+            )
+        return assistant
 
     # ------------------------------------------------------------------------------------ before the first
 
@@ -273,7 +303,7 @@ class Transcription:
     def first_states(self) -> Tensor:
         if self.states is not None:
             return self.states
-        return self._encode([self.features[row, :, : self.window] for row in range(self.rows)])
+        return encoded(self.model, [self.features[row, :, : self.window] for row in range(self.rows)])
 
     def _seeds(self, seed: int | Sequence[int] | None) -> list[int] | int:
         seed = self.config.seed if seed is None else seed
@@ -293,7 +323,11 @@ class Transcription:
         frames = [min(clip.frames - clip.seek, self.window) for clip in clips]
         if self.states is None:
             parts = zip(clips, frames, strict=True)
-            states = self._encode([self.features[c.row, :, c.seek : c.seek + n] for c, n in parts])
+            windows = [self.features[c.row, :, c.seek : c.seek + n] for c, n in parts]
+            states = encoded(self.model, windows)
+            if self.assistant is not None:
+                for clip, heard in zip(clips, encoded(self.assistant, windows), strict=True):
+                    clip.draft = heard
         else:
             states = self.states[[clip.row for clip in clips]]
         prompts = [self._prompt(clip) for clip in clips]
@@ -306,13 +340,6 @@ class Transcription:
                 done = self._add(clip, said, count)
             clip.seek += done if self.states is None else count  # states are those of one window
         return True
-
-    def _encode(self, windows: Sequence[Tensor]) -> Tensor:
-        """The encoder's states `[clips, tokens, dim]` of windows `[bins, frames]`, filled up with zeros."""
-        filled = torch.stack([F.pad(one, (0, self.window - one.shape[1])) for one in windows])
-        with torch.no_grad():
-            batch, padding = self.model.encoder.pack(filled)
-            return padding.unpack(self.model.packed(self.model.encoder, batch))
 
     def _prompt(self, clip: Clip) -> list[int]:
         """What the decoder reads of this window before it says anything: what was said before, or the prompt,
@@ -434,7 +461,9 @@ class Transcription:
             options={**options, "encoder_outputs": states, "decoder_input_ids": prompts},
             **functions,
         )
-        for request in call.requests:
+        call.assistant = self.assistant
+        for request, clip in zip(call.requests, clips, strict=True):
+            request.draft_source = clip.draft
             request.params = replace(request.params, timestamps=self.rules)
             request.keep_scores |= self.wanted.logprob_threshold is not None
         serve(engine_for(self.model, [call]), call, self.streamer)
