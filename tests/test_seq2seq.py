@@ -183,15 +183,16 @@ def theirs_alone(model, source: list[int], **options) -> list[list[int]]:
     return model.generate(**given, **PLAIN | options, use_cache=False).tolist()
 
 
+@every_device
 @every_case
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_equals_the_oracles(case, beams):
-    model, theirs, (sources, _) = load(case), reference(case), prompts()
+def test_generate_equals_the_oracles(case, beams, device):
+    model, theirs, (sources, _) = load(case, device), reference(case), prompts()
     options = {"max_new_tokens": 12, "num_beams": beams, "no_repeat_ngram_size": 2, "forced_bos_token_id": 7}
     want = [row for source in sources for row in theirs_alone(theirs, source, **options)]
     assert len({tuple(row) for row in want}) > 1  # what is said depends on the source
     for side in ("left", "right"):
-        assert model.generate(**padded(sources, side, "cpu"), **PLAIN | options).tolist() == want
+        assert model.generate(**padded(sources, side, device), **PLAIN | options).tolist() == want
 
 
 @every_device
@@ -239,6 +240,30 @@ def test_options_about_what_the_encoder_read(options):
     rest = {name: value for name, value in options.items() if name in ("num_beams", "no_repeat_ngram_size")}
     assert want != theirs_alone(theirs, source, max_new_tokens=9, **rest)
     assert model.generate(**inputs, max_new_tokens=9, **PLAIN | options).tolist() == want
+
+
+@pytest.mark.parametrize("name", ["t5", "mbart"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.4},
+        {"num_beams": 4, "early_stopping": True, "eos_token_id": list(range(20, 60)), "length_penalty": -1.0},
+        {"num_beams": 2, "prefix_allowed_tokens_fn": lambda row, ids: [3 + len(ids), 20, 33, int(ids[-1])]},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [7, 20, 33 + len(ids)], "repetition_penalty": 1.5},
+    ],
+    ids=",".join,
+)
+def test_sequences_and_scores_are_those_of_transformers(name, options):
+    model, theirs, (sources, _) = load(named(name)), reference(named(name)), prompts()
+    given = {"input_ids": torch.tensor(sources[:1]), "attention_mask": torch.ones(1, len(sources[0]))}
+    flags = {"max_new_tokens": 9, "return_dict_in_generate": True, "output_scores": True}
+    want = theirs.generate(**given, **PLAIN | flags | options)
+    got = model.generate(**given, **PLAIN | flags | options)
+    assert got.sequences.tolist() == want.sequences.tolist()
+    if "num_beams" in options:
+        torch.testing.assert_close(got.sequences_scores, want.sequences_scores, rtol=1e-5, atol=1e-5)
+        assert got.beam_indices.tolist() == want.beam_indices.tolist()
+    torch.testing.assert_close(got.scores[0], want.scores[0], rtol=1e-4, atol=1e-4)
 
 
 def test_decoders_begin_as_they_are_told():
@@ -459,18 +484,19 @@ def test_options_of_generation_that_older_configs_hold(tmp_path):
     assert again.generation_config.num_beams == 4
 
 
+@every_device
 @pytest.mark.parametrize("name", ["t5", "bart", "marian"])
-def test_assisted_tokens_are_those_of_transformers(name, monkeypatch):
+def test_assisted_tokens_are_those_of_transformers(name, device, monkeypatch):
     """A draft model reads each source by itself; greedy and drawn rows are what they are without guesses."""
     monkeypatch.setattr(Ledger, "affords", lambda self, rows, drafted: True)
     case, (sources, _) = named(name), prompts()
     layers = {"num_layers": 1} if name == "t5" else {"encoder_layers": 1, "decoder_layers": 1}
     small = Case(f"{name}-small", case.family, layers, case.base)
-    model, draft = load(case), load(small)
+    model, draft = load(case, device), load(small, device)
     greedy = {"max_new_tokens": 12, **PLAIN}
     given = {"input_ids": torch.tensor(sources[:1]), "attention_mask": torch.ones(1, len(sources[0]))}
     want = reference(case).generate(**given, **greedy, assistant_model=reference(small))
-    together = padded(sources, "left", "cpu")
+    together = padded(sources, "left", device)
     resident = Resident.of(model)
     for assistant in (draft, model):
         got = model.generate(**together, **greedy, assistant_model=assistant)

@@ -605,10 +605,30 @@ def test_a_row_that_a_gpu_cannot_hold_is_refused(model, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_cuda_gives_what_the_cpu_gives(model):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "seed": 5, "top_p": 0.9},
+        {"repetition_penalty": 1.4},
+        {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": [25, 44]},
+        {"num_beams": 3, "do_sample": True, "seed": 5},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
+        {"guidance_scale": 1.5},
+        {"prompt_lookup_num_tokens": 4},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [3 + row, 20, 33, int(ids[-1])]},
+        {"use_cache": False},
+    ],
+    ids=",".join,
+)
+def test_cuda_gives_what_the_cpu_gives(model, options):
     ids, mask = padded()
     there = copy.deepcopy(model).cuda()
-    for options in ({}, {"do_sample": True, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.4}):
-        here = generate(model, ids, attention_mask=mask, max_new_tokens=16, **options)
-        moved = generate(there, ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=16, **options)
-        assert moved.is_cuda and moved.tolist() == here.tolist()
+    options = {"max_new_tokens": 16, **options}
+    here = generate(model, ids, attention_mask=mask, **options)
+    moved = generate(there, ids.cuda(), attention_mask=mask.cuda(), **options)
+    assert moved.is_cuda and moved.tolist() == here.tolist()
+    engine = Resident.of(there)._engine
+    assert engine.pages.free == engine.pages.count
+    again = generate(there, ids.cuda(), attention_mask=mask.cuda(), **options)  # from cached prefixes
+    assert again.tolist() == here.tolist()
