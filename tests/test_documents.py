@@ -85,6 +85,49 @@ def test_the_examples_of_pipelines_run() -> None:
     assert "['Tensor', 'ItemError', 'Tensor']" in done.stdout
 
 
+def test_the_examples_of_speech_run(tmp_path: Path) -> None:
+    import soundfile
+    import transformers
+
+    from tests.processor.media import sound
+    from tests.tokenizer.test_whisper import whisper_files
+
+    folder = tmp_path / "whisper"
+    folder.mkdir()
+    tokenizer = whisper_files(folder, times=True).tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("startoftranscript", "en", "de")}
+    ids |= {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("transcribe", "notimestamps")}
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = transformers.WhisperConfig(
+        vocab_size=len(tokenizer), max_source_positions=50, pad_token_id=None, eos_token_id=None, **sizes
+    )
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(folder)
+    generation = {
+        "decoder_start_token_id": ids["startoftranscript"],
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+        "lang_to_id": {"<|en|>": ids["en"], "<|de|>": ids["de"]},
+        "task_to_id": {"transcribe": ids["transcribe"]},
+        "no_timestamps_token_id": ids["notimestamps"],
+        "suppress_tokens": [token for token in tokenizer.all_special_ids if token != tokenizer.eos_token_id],
+        "max_length": 40,
+    }
+    transformers.GenerationConfig(**generation).save_pretrained(folder)
+    for name, samples in (("speech", 12000), ("longer", 40000)):
+        soundfile.write(tmp_path / f"{name}.wav", sound(samples), 16000)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code(ROOT / "docs" / "speech.md"))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("2 texts\n") and " to " in done.stdout
+
+
 def test_the_tasks_of_the_document_are_those_there_are() -> None:
     from taut.pipelines.tasks import ALIASES, TASKS
 
@@ -94,7 +137,7 @@ def test_the_tasks_of_the_document_are_those_there_are() -> None:
 
 
 def test_the_readme_names_every_family() -> None:
-    kinds = "Decoders|Encoders|Encoder-decoders|Image models|Speech to text"
+    kinds = "Decoders|Encoders|Encoder-decoders|Image models|.Speech to text..docs/speech.md."
     rows = re.findall(rf"^\| (?:{kinds}) \| ([\w, -]+);", (ROOT / "README.md").read_text(), re.M)
     assert sorted(name for row in rows for name in row.split(", ")) == families()
 

@@ -32,6 +32,11 @@ SPECIAL = [
 def made(request, tmp_path_factory):
     """A folder as Whisper's are, and transformers' processor of it."""
     folder = tmp_path_factory.mktemp("whisper")
+    return whisper_files(folder, times=request.param == "times in the vocabulary"), folder
+
+
+def whisper_files(folder: Path, *, times: bool):
+    """Writes a tiny processor as Whisper's are, and gives it in transformers."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -46,13 +51,13 @@ def made(request, tmp_path_factory):
         extra_special_tokens=SPECIAL,
         pad_token="<|endoftext|>",
     )
-    if request.param == "times in the vocabulary":
+    if times:
         theirs.add_tokens([AddedToken(f"<|{at * 0.02:.2f}|>", special=False) for at in range(1501)])
     for file in (vocabulary, merges):
         file.unlink()
     processor = transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(chunk_length=1), theirs)
     processor.save_pretrained(folder)
-    return processor, folder
+    return processor
 
 
 def test_texts_begin_as_they_are_told(made, tmp_path):
