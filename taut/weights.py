@@ -11,18 +11,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from taut.checkpoint import Deferred, LazyTensor
 from taut.errors import WeightsError, nearest
+from taut.layers.embedding import Embedding
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.quant.base import Dense, Packed, Reordered
 from taut.quant.mxfp4 import Mxfp4Experts
 from taut.quant.stored import AsStored, Packer
+
+# What may hold its weight packed.
+PACKABLE = Linear | ExpertLinear | Embedding
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,7 @@ def apart(rules: Sequence[Rule]) -> tuple[Rule, ...]:
 
 def _own_shapes(module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
     """Names and shapes of a module's own parameters; a packed weight counts as the matrices it is."""
-    if isinstance(module, Linear | ExpertLinear) and module.packed is not None:
+    if isinstance(module, PACKABLE) and module.packed is not None:
         yield "weight", module.shape
     for kind, param in module.named_parameters(recurse=False):
         yield kind, param.shape
@@ -226,7 +230,6 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     `ExpertLinear` the same for each expert, behind its number. The rules then apply in order, each to what
     the one before gave.
     """
-    _stack_experts(model)
     pieces: list[Piece] = []
     for path, module in model.named_modules():
         beside = path[: path.rfind(".") + 1]
@@ -250,13 +253,6 @@ def layout(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Piece]:
     for rule in rules:
         pieces = rule.apply(pieces)
     return pieces
-
-
-def _stack_experts(model: nn.Module) -> None:
-    """Experts' weights as one parameter again, where inference has taken them apart."""
-    for module in list(model.modules()):
-        if isinstance(module, ExpertLinear):
-            module.unblock()
 
 
 def _spans(parts: Mapping[str, int]) -> Iterator[tuple[str, int, int]]:
@@ -427,7 +423,7 @@ def load(
     pieces = [replace(p, transposed=p.transposed and p.disk not in upright) for p in layout(model, rules)]
     report = check(pieces, shapes, tensors, ignored, leeway)
     pieces = [piece for piece in pieces if piece.param not in report.fresh]
-    runs = _runs(pieces, _linear_pieces(model, pieces), packers)
+    runs = _runs(pieces, _matrix_pieces(model, pieces), packers)
     dense_pieces = [piece for piece in pieces if piece.param not in runs]
 
     def size(disk: str, rows: int, param: str) -> int:
@@ -537,13 +533,23 @@ def _pack(
 def linears(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
     """Names that checkpoints give to the matrices of every `Linear` and `ExpertLinear`, in the model's
     order."""
-    found = _linear_pieces(model, layout(model, rules))
+    return _disk_names(model, rules, Linear | ExpertLinear)
+
+
+def embeddings(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
+    """Names that checkpoints give to the matrices of every `Embedding`."""
+    return _disk_names(model, rules, Embedding)
+
+
+def _disk_names(model: nn.Module, rules: Sequence[Rule], kinds: Any) -> list[str]:
+    found = _matrix_pieces(model, layout(model, rules), kinds)
     return list(dict.fromkeys(piece.disk for pieces in found.values() for piece in pieces))
 
 
-def _linear_pieces(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
-    """The pieces of the weight of each `Linear` and `ExpertLinear`, from its first row to its last."""
-    kinds = Linear | ExpertLinear
+def _matrix_pieces(
+    model: nn.Module, pieces: Sequence[Piece], kinds: Any = PACKABLE
+) -> dict[str, list[Piece]]:
+    """The pieces of the weight of each module of these kinds, from its first row to its last."""
     names = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, kinds)}
     found: dict[str, list[Piece]] = {}
     for piece in pieces:
@@ -594,15 +600,9 @@ def _slices(piece: Piece, source: LazyTensor) -> Iterator[tuple[int, int]]:
         yield begin, min(piece.rows, begin + step)
 
 
-def dense(param: Tensor) -> Tensor:
-    """The parameter's values as an ordinary tensor, whatever layout inference keeps them in."""
-    return param.detach().to_dense() if param.is_mkldnn else param.detach()
-
-
 def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     """The tensors of `model` under their canonical names, in the model's order; the reverse of `load`. A
     packed matrix gives the tensors its format has on disk."""
-    _stack_experts(model)
     params, shapes = dict(model.named_parameters()), _shapes(model)
     dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     pieces = layout(model, rules)
@@ -613,7 +613,7 @@ def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:
     packed = units(model, pieces)
 
     def assemble(name: str, group: list[Piece]) -> Tensor:
-        parts = [p.view(dense(params[p.param])) for p in group]
+        parts = [p.view(params[p.param].detach()) for p in group]
         if len(parts) == 1 and group[0].entry is None:
             return _flipped(parts[0].cpu(), group[0].transposed)
         whole = torch.empty(disk_shapes[name], dtype=parts[0].dtype)
@@ -647,7 +647,7 @@ def units(model: nn.Module, pieces: Sequence[Piece]) -> dict[str, Packed]:
     """The matrices that a model holds packed, by their disk names; not those that lie in a stack on disk,
     which has no name for each."""
     found = {}
-    for name, own in _linear_pieces(model, pieces).items():
+    for name, own in _matrix_pieces(model, pieces).items():
         packed = model.get_submodule(name.removesuffix(".weight")).packed
         if packed is not None and own[0].entry is None:
             names = dict.fromkeys(piece.disk for piece in own)

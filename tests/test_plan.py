@@ -103,7 +103,7 @@ def test_an_encoder_decoder_counts_its_stacks_apart_and_lists_what_attends_to_th
         pytest.param(
             LLAMA,
             {"attn_implementation": "flash_attention_2", "dtype": "bfloat16"},
-            "paged: runs on NVIDIA GPUs, not on cpu; flash: runs on NVIDIA GPUs",
+            "paged: reads keys from cache pages only; flash: runs on NVIDIA GPUs",
             marks=no_gpu,
         ),
     ],

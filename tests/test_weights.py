@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import pytest
@@ -220,53 +219,3 @@ def test_loading_casts_reads_in_slices_and_reports_bytes(monkeypatch):
     done, total = seen[-1]
     assert done == total == sum(p.numel() for p in model.parameters()) * 2
     assert [at for at, _ in seen] == sorted(at for at, _ in seen)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
-def test_blocked_experts_are_the_same_experts():
-    layer = ExpertLinear(3, 2, 32, {"a": 16, "b": 48}, bias=True, dtype=torch.bfloat16)
-    for param in layer.parameters():
-        nn.init.normal_(param)
-    before, parameter, x = layer.weight.detach().clone(), layer.weight, torch.randn(3, 32).bfloat16()
-    want, size = layer.products()(1, x).detach(), sum(p.numel() for p in layer.parameters())
-    layer.block()
-    if layer.blocked is None:
-        pytest.skip("this CPU has no bfloat16 dot products")
-    assert sum(p.numel() for p in layer.parameters()) == size
-    with torch.inference_mode():
-        got = layer.products()(1, x)
-    assert (got.float() - want.float()).abs().max() <= 0.01 * want.float().abs().max()
-    for back in (
-        lambda: weights.store(nn.ModuleDict({"m": layer})),
-        layer.state_dict,
-        lambda: copy.deepcopy(layer),
-        lambda: layer.products()(2, x.requires_grad_()).sum().backward(),
-    ):
-        layer.block()
-        assert layer.weight is None
-        back()
-        assert layer.weight is parameter and torch.equal(layer.weight, before)
-    assert layer.weight.grad is not None
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
-def test_blocked_weights_are_the_same_weights():
-    torch.manual_seed(0)
-    layer = Linear(32, {"a": 16, "b": 48}, bias=True, dtype=torch.bfloat16)
-    nn.init.normal_(layer.weight)
-    nn.init.normal_(layer.bias)
-    before, x = layer.weight.detach().clone(), torch.randn(3, 32).bfloat16()
-    parameter, want = layer.weight, layer(x).detach()
-    layer.block()
-    if not layer.weight.is_mkldnn:
-        pytest.skip("this CPU has no bfloat16 dot products")
-    with torch.inference_mode():
-        got = layer(x)
-    assert (got.float() - want.float()).abs().max() <= 0.01 * want.float().abs().max()
-    stored = {tensor.name: tensor.read() for tensor in weights.store(nn.ModuleDict({"m": layer}))}
-    assert torch.equal(torch.cat((stored["a.weight"], stored["b.weight"])), before)
-    assert torch.equal(layer.state_dict()["weight"], before)  # dense again, and the same object
-    assert layer.weight is parameter
-    layer.block()
-    layer(x.requires_grad_()).sum().backward()  # a gradient makes it dense by itself
-    assert torch.equal(layer.weight, before) and layer.weight.grad is not None

@@ -172,7 +172,7 @@ def shared_weights(model: Any, without: Collection[str] = ()) -> dict[str, Tenso
     def dense(name: str) -> Tensor:
         if name not in held:
             held[name] = model.get_submodule(name.removesuffix(".weight")).packed.dequantize(model.dtype)
-        return held[name].to_dense() if held[name].is_mkldnn else held[name]
+        return held[name]
 
     def stack(group: list[weights.Piece]) -> Tensor:
         param, first = dense(group[0].param), group[0]

@@ -60,7 +60,6 @@ def windows(session: Session, texts: list[str]) -> list[list[int]]:
 @torch.inference_mode()
 def log_probabilities(session: Session, rows: list[list[int]]) -> Iterator[Tensor]:
     """What the model gives each next token: float32 `[len(row) - 1, vocab]` on the CPU, a row at a time."""
-    session.model.prepare_inference()
     for row in rows:
         logits = session.model(torch.tensor([row], device=session.model.device)).logits[0, :-1]
         yield F.log_softmax(logits.float(), -1).cpu()

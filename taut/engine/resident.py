@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from taut.engine.draft_model import DraftModel
@@ -81,8 +81,6 @@ class Resident:
 
     def _look(self, model: Any) -> None:
         """Drop what a model that has changed makes wrong."""
-        if prepare := getattr(model, "prepare_inference", None):
-            prepare()
         before, self._state = self._state, State(model)
         if before is not None and before.program != self._state.program:
             self._engine = self._drafts = None
@@ -111,16 +109,12 @@ class State:
             only = module.__dict__.get("only")  # attention restricted to some kernels
             hooks = (*module._forward_hooks, None, *module._forward_pre_hooks)
             self.program.append((weakref.ref(module), hooks, only))
-            self.values.append(module.__dict__.get("swaps"))
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    self.program.append((id(tensor), tensor.dtype, tensor.device, _storage(tensor)))
+                    # While a storage is held weakly, no other gets the same identity.
+                    place = StorageWeakRef(tensor.untyped_storage())
+                    self.program.append((id(tensor), tensor.dtype, tensor.device, place))
                     self.values.append(None if tensor.is_inference() else tensor._version)
-
-
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
-    """Where the numbers lie; while it is held weakly, no other storage gets the same identity."""
-    return None if tensor.is_mkldnn else StorageWeakRef(tensor.untyped_storage())
 
 
 def _make(model: Any, pages: int) -> Engine:

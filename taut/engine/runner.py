@@ -15,6 +15,7 @@ from taut.config import Dynamic, ModelConfig
 from taut.engine.replay import Replays
 from taut.engine.request import Row
 from taut.engine.scheduler import Work
+from taut.engine.tapes import Tapes
 
 
 class _Part(NamedTuple):
@@ -40,10 +41,10 @@ class Runner:
 
     def __init__(self, model, page_size: int, num_pages: int):
         self.model, self.page_size, self.device = model, page_size, torch.device(model.device)
-        if prepare := getattr(model, "prepare_inference", None):
-            prepare()
         self.replays = Replays(model, model.decoder)
         self.encoder = None if model.config.encoder is None else Replays(model, model.encoder)
+        # On a CPU, steps that score every token they compute.
+        self.scores = Tapes(model, lambda batch: model.logits(model.decoder(batch)))
         attentions = [layer.attn for layer in model.config.layers]
 
         def cache() -> tuple[Tensor, ...]:
@@ -61,10 +62,12 @@ class Runner:
     @torch.inference_mode()
     def __call__(self, work: list[Work]) -> Tensor | None:
         """Compute the work; logits `[n, vocab]` after the last token of all that is ready and after each of
-        its drafts, None where nothing is ready."""
+        its drafts, valid until the next call; None where nothing is ready."""
         if not work:
             return None
         batch, last = self._build(work)
+        if self.device.type == "cpu" and last.shape[0] == batch.tokens:
+            return self.scores(batch)
         hidden = self.replays(batch)  # [tokens, dim]
         if last.shape[0] == 0:
             return None

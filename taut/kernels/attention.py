@@ -449,6 +449,10 @@ def _flash(q, k, v, starts, longest, scoring, pages, key_rows):
 
 
 def _paged_refuses(call: Call) -> str | None:
+    if call.q.device.type == "cpu":
+        from taut.kernels import paged_llvm
+
+        return paged_llvm.refuses(call.q, call.longest, call.scoring, call.pages)
     if (why := device_refuses(call.q.device)) is not None:
         return why
     if call.scoring.bias is not None:
@@ -459,7 +463,11 @@ def _paged_refuses(call: Call) -> str | None:
 
 
 def _paged(q, k, v, starts, longest, scoring, pages, key_rows):
-    """Taut's decode attention, split over the keys; see `kernels.paged_triton`."""
+    """Taut's decode attention, split over the keys; see `kernels.paged_triton` and `kernels.paged_llvm`."""
+    if q.device.type == "cpu":
+        from taut.kernels.paged_llvm import paged_attention as on_cpu
+
+        return on_cpu(q, starts, scoring, pages)
     from taut.kernels.paged_triton import paged_attention
 
     return paged_attention(q, starts, longest, scoring, pages)

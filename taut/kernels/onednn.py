@@ -46,7 +46,7 @@ def refuses(x: Tensor, weight: Tensor) -> str | None:
         return "wants several rows"
     if x.dtype is not weight.dtype or not computes(x.dtype):
         return f"multiplies float32, and bfloat16 where the CPU does; here it is {x.dtype}"
-    if weight.is_mkldnn or not (x.is_contiguous() and weight.is_contiguous()):
+    if not (x.is_contiguous() and weight.is_contiguous()):
         return "wants dense rows that lie one after the other"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "has no gradients"

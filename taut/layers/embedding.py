@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from taut.batch import Batch
 from taut.config import Grid, Positions, Relative
 from taut.errors import RequestError
-from taut.kernels.linear import block, linear, why_not_blocked
+from taut.kernels.linear import linear
+from taut.quant.base import Packed, join
 
 
 class Embedding(nn.Module):
@@ -31,39 +32,28 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, dim, dtype=dtype))
         self.scale, self.padding = scale, padding
-        self._head: tuple[tuple[int, int], Tensor] | None = (
-            None  # version of the weight, and its blocked copy
-        )
+        self.shape = torch.Size((vocab, dim))  # of the weight, however it is held
+        self.packed: Packed | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.weight, self.padding)
+        if self.packed is None:
+            x = F.embedding(ids, self.weight, self.padding)
+        else:
+            x = self.packed.rows_at(ids.flatten(), self.like.dtype).view(*ids.shape, -1)
         return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype)
 
     def project(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits `[tokens, vocab]` of `hidden` `[tokens, dim]` with the same matrix (a tied head)."""
-        if self._head is not None and not torch.is_grad_enabled() and self._head[0] == self._version():
-            return linear(hidden, self._head[1], bias)
-        return linear(hidden, self.weight, bias)
+        return linear(hidden, self.weight, bias) if self.packed is None else self.packed(hidden, bias)
 
-    def block(self) -> None:
-        """Keep a copy for `project` in the layout that the CPU reads fastest, if there is one: looking up
-        rows needs the dense matrix, so this costs its bytes once more."""
-        if why_not_blocked(self.weight) is None and (self._head is None or self._head[0] != self._version()):
-            self._head = (self._version(), block(self.weight))
-
-    def _version(self) -> tuple[int, int]:
-        """Changes whenever the weight does."""
-        return self.weight.data_ptr(), self.weight._version
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_head": None}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Embedding:
-        self._head = None
-        return super()._apply(fn, recurse)
+    def pack(self, units: Sequence[Packed]) -> None:
+        """Hold the weight packed, as these matrices one below the other, and let go of the dense one. Rows are
+        looked up in its dtype."""
+        self.register_buffer("like", self.weight.new_empty(0, device=units[0].device), persistent=False)
+        self.weight, self.packed = None, join(units).train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+        return f"{self.shape[0]}, {self.shape[1]}"
 
 
 class PositionEmbedding(nn.Module):

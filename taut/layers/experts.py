@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from taut.kernels.linear import block, linear, why_not_blocked
+from taut.kernels.linear import linear
 from taut.quant.base import Packed
 from taut.quant.experts import PackedExperts
 
@@ -40,7 +40,6 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, self.out_features, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(experts, self.out_features, dtype=dtype)) if bias else None
         self.packed: PackedExperts | None = None
-        self.blocked: nn.ParameterList | None = None  # in place of the weight, while `block`ed
 
     @property
     def shape(self) -> torch.Size:
@@ -72,44 +71,12 @@ class ExpertLinear(nn.Module):
         if self.packed is not None:
             packed = self.packed
             return lambda expert, rows: packed.expert(expert)(rows, biases[expert])
-        if torch.is_grad_enabled():
-            self.unblock()
-        weights = self.weight.unbind() if self.blocked is None else self.blocked
+        weights = self.weight.unbind()
         return lambda expert, rows: linear(rows, weights[expert], biases[expert])
 
     def pack(self, units: Sequence[Packed]) -> None:
         """Hold the weight packed, as these matrices, expert after expert, and let go of the dense one."""
         self.weight, self.packed = None, PackedExperts(units, self.experts).train(self.training)
-
-    def block(self) -> None:
-        """Keep each expert's matrix in the layout that the CPU reads fastest, if there is one for it."""
-        if self.weight is None or why_not_blocked(self.weight) is not None:
-            return
-        learned = self.weight.requires_grad
-        self.blocked = nn.ParameterList(nn.Parameter(block(w), requires_grad=learned) for w in self.weight)
-        # Optimizers and hooks keep hold of the parameter, which gets its values back.
-        self.__dict__["_stacked"] = self.weight
-        self.weight = None
-        self._stacked.data = torch.empty(0, dtype=self.blocked[0].dtype)
-
-    def unblock(self) -> None:
-        """Keep the weight as training, saving and moving want it."""
-        if self.blocked is not None:
-            stacked = self.__dict__.pop("_stacked")
-            stacked.data = torch.stack([param.detach().to_dense() for param in self.blocked])
-            self.weight, self.blocked = stacked, None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ExpertLinear:
-        self.unblock()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unblock()  # neither copied nor pickled in blocks
-        return self.__dict__
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.unblock()
-        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         parts = f", parts={dict(self.parts)}" if self.parts else ""

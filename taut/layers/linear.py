@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from taut.kernels import onednn
 from taut.kernels.act import ACTIVATIONS
 from taut.kernels.dispatch import ops
 from taut.kernels.gemv import fuses, gemv
-from taut.kernels.linear import block, linear, why_not_blocked
+from taut.kernels.linear import linear
 from taut.layers.norm import Norm
 from taut.quant.base import Packed, join
 
@@ -45,7 +44,6 @@ class Linear(nn.Module):
             width = sum(rows for part, rows in self.parts.items() if part in self.biased)
         self.bias = nn.Parameter(torch.empty(width, dtype=dtype)) if bias else None
         self.packed: Packed | None = None
-        self.swaps = 0  # how often the weight changed its layout, and with it the tensor that counts versions
 
     def forward(
         self,
@@ -59,7 +57,7 @@ class Linear(nn.Module):
         """`residual + glu(norm(x) W^T + b)`, or `pointwise(norm(x) W^T + b)`, each part only where given:
         what stands around a product in a block is part of the call, since one kernel may do it all.
         `residual`, and an x with a norm, may be of a wider dtype than the weight; the sum then is too."""
-        if pointwise is not None and (self.packed or not onednn.takes(x, self.weight, pointwise)):
+        if pointwise is not None and not self._takes(x, pointwise):
             return ACTIVATIONS[pointwise](self(x, norm=norm))
         if norm is not None and x.dtype is not norm.weight.dtype:
             x, norm = norm(x), None
@@ -67,20 +65,29 @@ class Linear(nn.Module):
             return residual + self(x, norm=norm, act=act)
         bias = self.bias if self.biased is None else self._spread()
         if self.packed is not None:
-            return self.packed(x if norm is None else norm(x), bias, act, residual)
-        if self.weight.is_mkldnn and torch.is_grad_enabled():
-            self.unblock()
+            before = None
+            if norm is not None and norm.config.kind == "rms" and self.packed.streams(x) is None:
+                before = norm.arguments()
+            elif norm is not None:
+                x = norm(x)
+            return self.packed(x, bias, act, residual, before, pointwise)
         if fuses(x, self.weight):
             before = {}
             if norm is not None and norm.config.kind == "rms":
                 before = norm.arguments()
             elif norm is not None:
                 x = norm(x)
-            return gemv(x, self.weight, bias, act=act, residual=residual, **before)
+            return gemv(x, self.weight, bias, act=act, residual=residual, pointwise=pointwise, **before)
         x = x if norm is None else norm(x)
         if act is None and onednn.takes(x, self.weight, pointwise):
             return onednn.linear(x, self.weight, bias, pointwise, residual)
         return self.after(linear(x, self.weight, bias), act, residual)
+
+    def _takes(self, x: Tensor, pointwise: str) -> bool:
+        """Whether the product of `x` is one that an activation can follow in the same kernel."""
+        if self.packed is not None:
+            return self.packed.streams(x) is None
+        return fuses(x, self.weight) or onednn.takes(x, self.weight, pointwise)
 
     def biases(self) -> dict[str, int]:
         """Where in the bias that of each part begins, of the parts that have one."""
@@ -111,38 +118,6 @@ class Linear(nn.Module):
     def pack(self, units: Sequence[Packed]) -> None:
         """Hold the weight packed, as these matrices one below the other, and let go of the dense one."""
         self.weight, self.packed = None, join(units).train(self.training)
-
-    def block(self) -> None:
-        """Keep the weight in the layout that the CPU reads fastest, if there is one for it. The parameter
-        stays the same object, and `unblock` restores the same bytes."""
-        if self.packed is not None:
-            self.packed.prepare()
-        elif not self.weight.is_mkldnn and why_not_blocked(self.weight) is None:
-            self._swap(block(self.weight))
-
-    def unblock(self) -> None:
-        """Keep the weight as training, saving and moving want it."""
-        if self.packed is not None:
-            self.packed.restore()
-        elif self.weight.is_mkldnn:
-            self._swap(self.weight.detach().to_dense())
-
-    def _swap(self, data: Tensor) -> None:
-        new = nn.Parameter(data, requires_grad=self.weight.requires_grad)
-        self.swaps += 1
-        torch.utils.swap_tensors(self.weight, new)  # optimizers and hooks keep hold of the parameter
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        self.unblock()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unblock()  # neither copied nor pickled in blocks
-        return self.__dict__
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        self.unblock()
-        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         parts = f", parts={dict(self.parts)}" if self.parts else ""

@@ -62,7 +62,6 @@ def _replace(parent: nn.Module, old: Sequence[str], new: Mapping[str, nn.Module]
 
 
 def _parts(fused: Linear) -> dict[str, Linear]:
-    fused.unblock()
     units = iter(() if fused.packed is None else fused.packed.units())
     biases, parts, start = fused.biases(), {}, 0
     for name, rows in fused.parts.items():
@@ -88,8 +87,6 @@ def _covering(units, rows: int) -> list:
 
 def _fused(parts: Mapping[str, Linear]) -> Linear:
     own = list(parts.values())
-    for part in own:
-        part.unblock()
     biased = [name for name, part in parts.items() if part.bias is not None]
     with torch.device("meta"):
         sizes = {name: part.out_features for name, part in parts.items()}

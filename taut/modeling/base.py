@@ -28,8 +28,6 @@ from taut.kernels.attention import Call, explain
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
-from taut.layers.experts import ExpertLinear
-from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, LayerScale, Norm
 from taut.layers.siblings import rejoin, separate
 from taut.modeling.labels import relabelled
@@ -93,7 +91,7 @@ class PreTrainedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: that of its first parameter, an embedding, which is never packed."""
+        """What the model computes in: that of its first parameter, which is never packed."""
         return next(self._tensors()).dtype
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -147,16 +145,6 @@ class PreTrainedModel(nn.Module):
         if module not in self._replays:
             self._replays[module] = Replays(self, module)
         return self._replays[module](batch)
-
-    def prepare_inference(self) -> None:
-        """Bring weights into the layout in which inference reads them fastest, one at a time; they go back
-        by themselves when a gradient, a save or a move needs them dense. The engine calls this; a model in
-        training mode is left alone."""
-        if self.training:
-            return
-        for module in list(self.modules()):
-            if isinstance(module, Linear | ExpertLinear):
-                module.block()
 
     @contextmanager
     def _first_nonfinite(self) -> Iterator[list[str]]:
@@ -315,6 +303,7 @@ class PreTrainedModel(nn.Module):
             model.linears_on_disk(mapping),
             kind,
             heads=model.heads_on_disk(layout, prefix),
+            tables=weights.embeddings(model, mapping),
             keep_blocks=keep and bool(checkpoint.metadata),
         )
         ignored = (*_IGNORED, *getattr(family(config.model_type), "IGNORED", ()), *model.ignored())

@@ -129,11 +129,6 @@ class MaskedLM(Labelling):
     def get_output_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def prepare_inference(self) -> None:
-        super().prepare_inference()
-        if not self.training:
-            self.model.embed_tokens.block()
-
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, vocab]` of hidden states `[n, dim]`."""
         return self.model.embed_tokens.project(self.lm_head(hidden), self.lm_head.bias)

@@ -59,7 +59,7 @@ class LanguageHead(GenerationMixin):
         sum over `items`; in chunks of tokens, so that not all logits are there at once."""
         c, head = self.config, self.get_output_embeddings()
         watched = head._forward_hooks or head._forward_pre_hooks
-        if watched or head.weight is None or head.weight.is_mkldnn:
+        if watched or head.weight is None:
             return token_loss(self.logits(hidden), targets, items)
         bias = getattr(head, "bias", None)
         if self.final_logits_bias is not None:
@@ -73,11 +73,6 @@ class LanguageHead(GenerationMixin):
             softcap=c.logit_softcap,
             divisor=items,
         )
-
-    def prepare_inference(self) -> None:
-        super().prepare_inference()
-        if self.lm_head is None and not self.training:
-            self.decoder.embed_tokens.block()
 
     @torch.no_grad()
     def locate_nonfinite(self, batch: Batch) -> str:

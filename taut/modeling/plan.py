@@ -11,7 +11,6 @@ import torch
 from taut.kernels import gemv, onednn
 from taut.kernels.attention import Call, KeyRows, Pages, explain
 from taut.kernels.dispatch import device_refuses, triton_refuses
-from taut.kernels.linear import why_not_blocked
 from taut.layers.moe import MoeMlp
 from taut.layers.siblings import Siblings
 
@@ -182,7 +181,6 @@ def _products(x: torch.Tensor, linear: Linear | Siblings, rows: int) -> list[Off
         if why is None and rows > gemv.WINNING_ROWS:
             why = f"cuBLAS is as fast beyond {gemv.WINNING_ROWS} rows"
         return [("gemv", why), ("cuBLAS", None)]
-    why = None if weight.is_mkldnn else why_not_blocked(weight) or "made when generation begins"
     with torch.no_grad():
         many = onednn.refuses(x.contiguous(), weight)
-    return [("oneDNN, blocked weight", why), ("oneDNN", many), ("PyTorch", None)]
+    return [("gemv", gemv.refuses(x, weight)), ("oneDNN", many), ("PyTorch", None)]

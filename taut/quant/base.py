@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taut.kernels import gemv_llvm, packed_llvm
 from taut.kernels.dispatch import ops
 from taut.kernels.packed import Codes
 
@@ -64,8 +65,13 @@ class Packed(nn.Module):
     def fused(
         self, x: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None
     ) -> Tensor | None:
-        """`residual + glu(x W^T + bias)` as `forward` gives it, by a kernel that does it all, without
+        """`residual + glu(x W^T + bias)` as `forward` gives it, by a kernel for GPUs that does it all, without
         gradients; None where there is none for this input."""
+        return None
+
+    def lanes(self) -> tuple[gemv_llvm.Format, tuple[Tensor | None, ...]] | None:
+        """How kernels for the CPU read the weight, and the tensors that they read; None for a format that they
+        don't know."""
         return None
 
     def kernel_codes(self) -> Codes | None:
@@ -74,9 +80,37 @@ class Packed(nn.Module):
 
     def runs_on(self, x: Tensor) -> str:
         """What computes the product of an input like `x`, for people to read."""
-        return f"{self.kind}: unpacked, then dense"
+        why = self.streams(x)
+        return f"{self.kind}: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
 
     # The rest follows from them.
+
+    def streams(self, x: Tensor) -> str | None:
+        """Why `forward` of an input like `x` can't be a single kernel of the CPU's, or None."""
+        found = self.lanes()
+        if found is None:
+            return f"no kernel for the CPU reads {self.kind}"
+        if self.compute not in (None, x.dtype):
+            return f"the weight is to be multiplied in {self.compute}"
+        if torch.is_grad_enabled():
+            return "the kernel has no gradients"
+        return gemv_llvm.refuses(x, found[0])
+
+    def unpacked(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor | None:
+        """The values by a kernel of the CPU's, those of all rows or of some, None where there is none."""
+        found = self.lanes()
+        if found is None or packed_llvm.refuses(*found, self.in_features, dtype) is not None:
+            return None
+        return packed_llvm.unpack(*found, (self.out_features, self.in_features), dtype, rows)
+
+    def rows_at(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of rows by their index, int64 `[n]`: `[n, in_features]`."""
+        values = self.unpacked(dtype, index)
+        return self.dequantize(dtype)[index] if values is None else values
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
 
     def forward(
         self,
@@ -84,10 +118,17 @@ class Packed(nn.Module):
         bias: Tensor | None = None,
         act: str | None = None,
         residual: Tensor | None = None,
+        norm: Mapping[str, Any] | None = None,
+        pointwise: str | None = None,
     ) -> Tensor:
-        """`residual + glu(x W^T + bias)`, `[..., in_features] -> [..., out_features]` (half as many with
-        `act`), each part only where given; gradients flow to `x`, `bias` and `residual`."""
+        """`residual + glu(norm(x) W^T + bias)`, `[..., in_features] -> [..., out_features]` (half as many with
+        `act`), each part only where given; gradients flow to `x`, `bias` and `residual`. Only where `streams`
+        has no objection: `norm`, the arguments of an RMSNorm, and `pointwise`, an activation."""
         dtype = x.dtype
+        if x.ndim == 2 and self.streams(x) is None:
+            weight, tensors = self.lanes()
+            around = {"bias": bias, "act": act, "pointwise": pointwise, "residual": residual, **(norm or {})}
+            return gemv_llvm.run(x, weight, tensors, self.out_features, **around)
         flat = x.reshape(-1, self.in_features)
         compute = self.compute or dtype
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual))
@@ -109,16 +150,8 @@ class Packed(nn.Module):
         """`grad W` for `grad` `[tokens, out_features]`."""
         return grad @ self.dequantize(grad.dtype)
 
-    def prepare(self) -> None:
-        """Bring the buffers into the layout that inference on this device reads fastest, if there is another;
-        `restore` undoes it."""
-
-    def restore(self) -> None:
-        """Undo `prepare`."""
-
     def units(self) -> list[Packed]:
         """The matrices that were joined, as modules over views of the buffers."""
-        self.restore()
         return [self] if len(self.rows) == 1 else self.split(1)
 
     def split(self, count: int) -> list[Packed]:
@@ -145,7 +178,6 @@ class Packed(nn.Module):
         return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        self.restore()
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -191,19 +223,11 @@ class Stack(Packed):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         pieces = [None] * len(self.rows) if bias is None else bias.split(self.rows)
-        return torch.cat([part.product(x, b) for part, b in zip(self.parts, pieces, strict=True)], -1)
+        return torch.cat([part(x, b) for part, b in zip(self.parts, pieces, strict=True)], -1)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         pieces = zip(self.parts, grad.split(self.rows, -1), strict=True)
         return sum(part.input_gradient(piece) for part, piece in pieces)
-
-    def prepare(self) -> None:
-        for part in self.parts:
-            part.prepare()
-
-    def restore(self) -> None:
-        for part in self.parts:
-            part.restore()
 
     def runs_on(self, x: Tensor) -> str:
         return "; ".join(dict.fromkeys(part.runs_on(x) for part in self.parts))

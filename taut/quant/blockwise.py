@@ -19,7 +19,9 @@ from torch import Tensor
 
 from taut.errors import CheckpointError
 from taut.kernels.dispatch import device_refuses
+from taut.kernels.gemv_llvm import Format
 from taut.kernels.packed import Codes, Scales
+from taut.kernels.packed_llvm import Nibbles
 from taut.quant.base import Packed
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -202,7 +204,16 @@ class Blockwise(Packed):
     def kernel_codes(self) -> Codes:
         return Codes(self.codes, self._kernel_scales(), _host_values(self.kind), self.block)
 
+    def lanes(self) -> tuple[Format, tuple[Tensor | None, ...]]:
+        weight = Nibbles(_host_values(self.kind), self.block, True, self.absmax.dtype, nest=NESTED)
+        if not self.double:
+            return weight, (self.codes, self.absmax, None, None, None, None)
+        levels = scale_values(self.absmax.device)
+        return weight, (self.codes, self.absmax, None, levels, self.nested, self.offset)
+
     def runs_on(self, x: Tensor) -> str:
+        if x.device.type == "cpu":
+            return super().runs_on(x)
         why = self._refused(x)
         return f"{self.kind}: {'few-row kernel' if why is None else f'unpacked, then dense ({why})'}"
 
@@ -226,6 +237,8 @@ class Blockwise(Packed):
 
             values, shape = code_values(self.kind, self.codes.device), (self.out_features, self.in_features)
             return unpack4(self.codes, values, self._kernel_scales(), self.block, shape, dtype)
+        if (found := self.unpacked(dtype)) is not None:
+            return found
         n = self.out_features * self.in_features
         words = _pairs(self.kind, self.codes.device).index_select(0, self.codes.int())
         values, scales = words.view(torch.float32), self.scales()

@@ -73,12 +73,13 @@ def choose(
     dtype: torch.dtype,
     *,
     heads: Collection[str] = (),
+    tables: Sequence[str] = (),
     keep_blocks: bool,
 ) -> Choice:
     """The `Choice` for a model whose linear layers are `linears`, by the names of their matrices on disk.
 
     `heads`: modules that stay dense where the caller names none. `keep_blocks`: GGUF's 4- and 8-bit linear
-    layers stay packed, where nothing else is asked for. Raises `RequestError` where a packed checkpoint is
+    layers, and the embeddings `tables`, stay packed, where nothing else is asked for. Raises `RequestError` where a packed checkpoint is
     asked for in another format or nothing can be packed, and `ConfigError` or `CheckpointError` for a
     checkpoint's own quantization that is unknown or incomplete.
     """
@@ -89,7 +90,7 @@ def choose(
     if wanted is None:
         if not keep_blocks:
             return Choice(checkpoint.tensors)
-        return _keep_blocks(checkpoint, linears)
+        return _keep_blocks(checkpoint, [*linears, *tables])
     blocks = {getattr(checkpoint.tensors.get(name), "block_format", None) for name in linears} - {None}
     if blocks:
         raise RequestError(
@@ -136,8 +137,8 @@ def _own(
     return Choice(tensors, dict.fromkeys(packed, AsStored(own.compute)), own)
 
 
-def _keep_blocks(checkpoint: Checkpoint, linears: Sequence[str]) -> Choice:
+def _keep_blocks(checkpoint: Checkpoint, names: Sequence[str]) -> Choice:
     tensors = dict(checkpoint.tensors)
-    tensors.update(open_gguf_blocks({name: tensors[name] for name in linears if name in tensors}))
-    packed = [name for name in linears if isinstance(tensors.get(name), StoredMatrix)]
+    tensors.update(open_gguf_blocks({name: tensors[name] for name in names if name in tensors}))
+    packed = [name for name in names if isinstance(tensors.get(name), StoredMatrix)]
     return Choice(tensors, dict.fromkeys(packed, AsStored()))

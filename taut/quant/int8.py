@@ -10,7 +10,9 @@ from torch import Tensor
 
 from taut.errors import CheckpointError
 from taut.kernels.dispatch import device_refuses
+from taut.kernels.gemv_llvm import Format
 from taut.kernels.packed import Codes, Scales
+from taut.kernels.packed_llvm import Bytes
 from taut.quant.base import Packed
 
 NAMES = ("SCB", "weight_format")
@@ -45,7 +47,6 @@ class Int8(Packed):
     def __init__(self, values: Tensor, scale: Tensor, threshold: float):
         super().__init__(values.shape[0], values.shape[1], {"values": values, "scale": scale})
         self.threshold = threshold
-        self.steps: Tensor | None = None  # while prepared: the scales as PyTorch's 8-bit product takes them
 
     @classmethod
     def pack(cls, weight: Tensor, threshold: float) -> Int8:
@@ -57,6 +58,8 @@ class Int8(Packed):
             from taut.kernels.packed_triton import unpack8
 
             return unpack8(self.values, self.scale, dtype)
+        if (values := self.unpacked(dtype)) is not None:
+            return values
         # 1 / 127 in float32 first, as bitsandbytes has it.
         return (self.values.float() * (self.scale * (1 / 127))[:, None]).to(dtype)
 
@@ -88,14 +91,15 @@ class Int8(Packed):
     def kernel_codes(self) -> Codes:
         return Codes(self.values, Scales(self.scale))
 
+    def lanes(self) -> tuple[Format, tuple[Tensor | None, ...]]:
+        return Bytes(torch.float32, factor=1 / 127), (self.values, self.scale)
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if device_refuses(x.device) is None:
             y = self.fused(x, bias, None, None)
             return super().product(x, bias) if y is None else y
-        if x.shape[0] == 1:
-            return self._one_row(x, bias)
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.out_features)
+        if x.shape[0] <= 1:
+            return super().product(x, bias)
         outliers = self._outliers(x)
         inside = x if outliers is None else x.index_fill(1, outliers, 0)
         quantized, largest = quantize_rows(inside)
@@ -116,16 +120,7 @@ class Int8(Packed):
             if x.shape[0] > packed_rows.MAX_ROWS and many is None:
                 return "int8: LLM.int8() kernel"
             return f"int8: unpacked, then dense ({many or few})"
-        if x.shape[0] > 1:
-            return "int8: LLM.int8()"
-        return "int8: PyTorch's 8-bit product" if _has_product(x) else super().runs_on(x)
-
-    def prepare(self) -> None:
-        if self.scale.device.type == "cpu":
-            self.steps = (self.scale * (1 / 127)).bfloat16()
-
-    def restore(self) -> None:
-        self.steps = None
+        return super().runs_on(x) if x.shape[0] <= 1 or self.streams(x) is None else "int8: LLM.int8()"
 
     def _outliers(self, x: Tensor) -> Tensor | None:
         """Columns of `x` that reach the threshold, or None."""
@@ -133,18 +128,6 @@ class Int8(Packed):
             return None
         columns = (x.abs() >= self.threshold).any(0).nonzero().view(-1)
         return columns if columns.numel() else None
-
-    def _one_row(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if _has_product(x):
-            scale = (self.scale * (1 / 127)).to(x.dtype) if self.steps is None else self.steps
-            y = torch._weight_int8pack_mm(x, self.values, scale)
-            return y if bias is None else y + bias
-        return F.linear(x, self.dequantize(x.dtype), bias)
-
-
-def _has_product(x: Tensor) -> bool:
-    """Whether PyTorch has a product of one such row: of others than whole vectors it reads past the end."""
-    return x.device.type == "cpu" and x.dtype is torch.bfloat16 and x.shape[1] % 16 == 0
 
 
 def _int_product(x: Tensor, values: Tensor) -> Tensor:

@@ -114,21 +114,6 @@ def test_a_model_that_changed_gives_what_it_gives_now(model, change):
     assert (engine(model) is kept) == (change is written)
 
 
-@pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 dot products"
-)
-def test_weights_that_were_trained_between_calls_in_their_other_layout_count_as_new(model):
-    model.to(torch.bfloat16)
-    before = tokens(model)
-    weight = model.model.layers[0].mlp.down_proj.weight
-    assert weight.is_mkldnn
-    model(torch.tensor([PROMPT]), labels=torch.tensor([PROMPT])).loss.backward()
-    written(model)
-    after = tokens(model)
-    assert weight.is_mkldnn
-    assert after == fresh(model) != before
-
-
 def test_copies_and_files_leave_the_engine_behind(model):
     tokens(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -60,7 +60,6 @@ def test_gguf_kept_packed_is_as_close_as_its_dequantization_to_16_bit(smollm2):
     packed = AutoModelForCausalLM.from_pretrained(default_model())
     if not packed.is_quantized:
         pytest.skip("this CPU keeps GGUF files dequantized")
-    packed.prepare_inference()
     short = [ids[:, :20] for ids in rows]  # few rows: the product of the packed weight
     full = torch.cat(
         [

@@ -1,0 +1,160 @@
+"""Kernels compiled for the CPU beside the float64 references, by one thread and by several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("llvmlite")
+pytest.importorskip("triton")
+
+from taut.kernels import gemv_llvm, norm, norm_llvm, paged_llvm, rope, rope_llvm
+from taut.kernels.act import ACTIVATIONS
+from taut.kernels.attention import Pages, attention
+from taut.kernels.gemv import gemv_reference
+from taut.kernels.threads import Tape, recording
+from tests.kernels.test_paged import CASES, Case
+
+BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def distance(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-9)).item()
+
+
+@pytest.fixture(autouse=True, params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    with torch.inference_mode():
+        yield request.param
+    torch.set_num_threads(before)
+
+
+PRODUCTS = {  # rows, inputs, outputs, and what stands around the product
+    "one row": (1, 96, 50, {}),
+    "one row, all": (1, 576, 33, {"norm": 1.0, "act": "silu", "bias": True, "residual": True}),
+    "two rows, norm": (2, 64, 16, {"norm": 0.0}),
+    "fifteen rows, act": (15, 160, 7, {"act": "gelu_tanh", "bias": True}),
+    "rows too wide for the cache": (13, 2080, 20, {"residual": True}),
+} | {f"act {act}": (3, 64, 40, {"act": act}) for act in ACTIVATIONS}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_products(dtype) -> None:
+    torch.manual_seed(1)
+    for name, (rows, inputs, outputs, around) in PRODUCTS.items():
+        act = around.get("act")
+        x, weight = torch.randn(rows, inputs), torch.randn(outputs * (2 if act else 1), inputs) / inputs**0.5
+        tensors = {"bias": torch.randn(weight.shape[0]) if "bias" in around else None}
+        tensors["norm_weight"] = torch.randn(inputs) if "norm" in around else None
+        tensors["residual"] = torch.randn(rows, outputs) if "residual" in around else None
+        rest = {"eps": 1e-5, "offset": around.get("norm", 0.0), "act": act}
+        x, weight, *given = (None if t is None else t.to(dtype) for t in (x, weight, *tensors.values()))
+        wide = [None if t is None else t.double() for t in given]
+        want = gemv_reference(x.double(), weight.double(), **dict(zip(tensors, wide, strict=True)), **rest)
+        given = dict(zip(tensors, given, strict=True))
+        got = gemv_llvm.run(x, gemv_llvm.dense(dtype), (weight,), weight.shape[0], **given, **rest)
+        assert got.dtype is dtype and distance(got, want) < BOUNDS[dtype], name
+        plain = gemv_llvm.run(x, gemv_llvm.Dense(dtype), (weight,), weight.shape[0], **given, **rest)
+        assert distance(plain, want) < BOUNDS[dtype], name
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_norms(dtype) -> None:
+    for shape in ((1, 64), (5, 3, 32), (0, 16), (4, 20)):
+        x, weight, bias = (torch.randn(s).to(dtype) for s in (shape, shape[-1:], shape[-1:]))
+        for name, rest in (
+            ("rms_norm", (weight, 1e-5, 1.0)),
+            ("layer_norm", (weight, bias, 1e-5)),
+            ("layer_norm", (weight, None, 1e-5)),
+        ):
+            wide = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
+            want = getattr(norm, name)(x.double(), *wide)
+            got = getattr(norm_llvm, name)(x, *rest)
+            assert got.shape == want.shape and (not x.numel() or distance(got, want) < BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_rotation(dtype) -> None:
+    torch.manual_seed(2)
+    # tokens, heads, key heads, head dim, dims that turn, norms, interleaved
+    for tokens, heads, kv_heads, head_dim, dim, normed, interleaved in (
+        (1, 9, 3, 64, 64, False, False),
+        (5, 4, 4, 16, 8, True, False),
+        (3, 2, 1, 20, 12, False, True),
+        (2, 2, 1, 32, 0, True, False),
+        (0, 2, 1, 32, 32, False, False),
+    ):
+        cos, sin = torch.randn(2, tokens, 1, max(dim, 2) // 2).to(dtype)
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        wide = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim + 8).to(dtype)
+        qkv = wide[:, 8:]
+        if dim:
+            x = qkv.unflatten(1, (-1, head_dim))[:, :heads]
+            want = rope.rotate(x.double(), cos.double(), sin.double(), interleaved)
+            assert not tokens or distance(rope_llvm.rotate(x, cos, sin, interleaved), want) < BOUNDS[dtype]
+        weights = tuple(torch.randn(2, head_dim).to(dtype)) if normed else (None, None)
+        slots = torch.tensor([30, 2, -1, 17, 5][:tokens], dtype=torch.int64)
+        for keep in (False, True):
+            found = []
+            for module, kind in ((rope_llvm, dtype), (rope, torch.float64)):
+                cache = torch.zeros(2, 3, 16, kv_heads, head_dim, dtype=kind)
+                c, s, *w = (None if t is None else t.to(kind) for t in (cos, sin, *weights))
+                c, s = (c, s) if dim else (None, None)
+                call = (qkv.to(kind) if kind is not dtype else qkv, heads, kv_heads, c, s, *cache, slots)
+                out = module.rotate_and_store(*call, *w, 1e-6, 0.5, interleaved, keep)
+                found.append((out, *cache))
+            for got, want in zip(*found, strict=True):
+                assert got.shape == want.shape and (not tokens or distance(got, want) < BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_angles(dtype) -> None:
+    positions = torch.tensor([0, 1, 7, 977, 131071, 1048575], dtype=torch.int32)
+    shared = 10000.0 ** (-torch.arange(0, 24, 2).float() / 24)
+    for frequencies in (shared, shared * torch.rand(6, 1)):
+        turns = (positions.float()[:, None] * frequencies).double()
+        got = rope_llvm.angles(positions, frequencies, 1.25, dtype)
+        for g, half, sign in zip(got, (turns.cos(), turns.sin()), (1, -1), strict=True):
+            want = torch.cat((sign * half, half), -1)[:, None] * 1.25
+            assert g.shape == want.shape
+            assert (g.double() - want).abs().max() < {torch.float32: 3e-7}.get(dtype, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name, dtype) -> None:
+    case: Case = replace(CASES[name], dim=CASES[name].dim // 16 * 16)
+    case = replace(case, dim=32) if "grouped" in name or "window" in name else case
+    torch.manual_seed(sum(case.lengths))
+    rows, width = len(case.lengths), max(case.lengths) // case.page + 1
+    table = torch.randperm(rows * width + 1)[: rows * width].view(rows, width).int()
+    lengths = torch.tensor(case.lengths, dtype=torch.int32)
+    starts = torch.tensor([0, *torch.tensor(case.queries).cumsum(0).tolist()], dtype=torch.int32)
+    held = torch.zeros(rows * width + 1, case.page, dtype=torch.bool)
+    held[table.long()] = torch.arange(width * case.page).view(width, -1) < lengths[:, None, None]
+    keys, values = torch.randn(2, *held.shape, case.kv_heads, case.dim).to(dtype)
+    for t in (keys, values):
+        t[~held] = torch.nan
+    q = torch.randn(sum(case.queries), case.heads, case.dim).to(dtype)
+    pages = Pages(keys, values, table, lengths, max(case.lengths))
+    got = paged_llvm.paged_attention(q, starts, case.scoring, pages)
+    wide = Pages(keys.double(), values.double(), table, lengths, max(case.lengths))
+    want = attention(q.double(), None, None, starts, max(case.queries), case.scoring, wide, only=("eager",))
+    assert got.shape == want.shape and distance(got, want) < BOUNDS[dtype]
+
+
+def test_a_tape_plays_the_same_kernels_on_what_its_tensors_hold_then(threads) -> None:
+    x, weight = torch.randn(1, 64), torch.randn(64, 64)
+    with recording(Tape()) as tape:
+        first = gemv_llvm.run(x, gemv_llvm.Dense(torch.float32), (weight,), 64)
+        second = norm_llvm.rms_norm(first, torch.ones(64), 1e-5)
+    assert len(tape) == 2
+    x.normal_()
+    want = norm.rms_norm(x @ weight.T, torch.ones(64), 1e-5)
+    assert distance(second, want) > 1e-2
+    tape.play()
+    assert distance(second, want) < 1e-5
