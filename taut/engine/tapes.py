@@ -1,8 +1,8 @@
-"""`Tapes`: forwards of a few tokens on the CPU, recorded once and played again without Python between kernels.
+"""`Tapes`: forwards of a few tokens on the CPU, recorded once and played without Python between kernels.
 
-A tape is for so many tokens, rows and cache pages. What a batch holds lies in tensors that the tape reads, so it
-serves any batch of its size; kernels that are compiled for the CPU follow one another in one call, and operations
-of PyTorch's that stand between them are called as they were recorded.
+A tape is for so many tokens, rows and cache pages. What a batch holds lies in tensors that the tape reads, so
+it serves any batch of its size; kernels that are compiled for the CPU follow one another in one call, and
+operations of PyTorch's that stand between them are called as they were recorded.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def refuses(model: nn.Module) -> str | None:
 class Tapes:
     """The tapes of something that `model` computes: `compute(batch)`, a tensor.
 
-    They are not used while something watches the model's modules (hooks) or gradients are wanted. A model whose
-    modules or tensors are replaced needs new ones, as it needs a new engine (see `Resident`).
+    They are not used while something watches the model's modules (hooks) or gradients are wanted. A model
+    whose modules or tensors are replaced needs new ones, as it needs a new engine (see `Resident`).
     """
 
     def __init__(self, model: nn.Module, compute: Callable[[Batch], Tensor]):
@@ -120,8 +120,8 @@ def _width(kv: PagedKV) -> int:
 
 
 class _Input(Tensor):
-    """A tensor that may have other values the next time: reading them on the host can't be recorded. So is all
-    that is made of it."""
+    """A tensor that may have other values the next time: reading them on the host can't be recorded. So is
+    all that is made of it."""
 
     def tolist(self) -> Any:
         raise Unrecordable("values of the batch are read on the host")
@@ -178,13 +178,14 @@ class _Recorded:
 
 
 # Operations whose results are numbers on the host, or have shapes that depend on values.
-_HOST = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}
+_HOST = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
+_HOST |= {"nonzero", "masked_select", "unique", "_unique2"}
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 class _Recorder(TorchDispatchMode):
-    """Takes down what runs: kernels, in one tape as long as nothing comes between them, and PyTorch's operations,
-    to be called again and their results put where they were."""
+    """Takes down what runs: kernels, in one tape as long as nothing comes between them, and PyTorch's
+    operations, to be called again and their results put where they were."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What CPU kernels compute with: values in and out of memory, exp, tanh, erf and the activations, in float32."""
+"""What CPU kernels compute with, in float32: values in and out of memory, exp, tanh, erf, activations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def read(b: Builder, place: Value, index: Value | int, dtype: torch.dtype, lanes
 
 
 def read_pairs(b: Builder, place: Value, index: Value | int) -> tuple[Value, Value]:
-    """32 values of bfloat16 as the first of each pair of neighbours and the second: widening takes one operation
-    each then, where their order would take two."""
+    """32 values of bfloat16 as the first of each pair of neighbours and the second: widening takes one
+    operation each then, where their order would take two."""
     pairs = b.load(b.at(place, index, "i16"), 0, Type("i32", LANES))
     low, high = (b.bits(half, Type("f32", LANES)) for half in (pairs << 16, pairs & 0xFFFF0000))
     return low, high

@@ -1,5 +1,5 @@
-"""Which implementation of an op runs: Triton's kernels on a GPU and LLVM's on a CPU where they can, otherwise the
-reference beside."""
+"""Which implementation of an op runs: Triton's kernels on a GPU and LLVM's on a CPU where they can, otherwise
+the reference beside."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def gemv_reference(
     pointwise: str | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`residual + glu(rms_norm(x) W^T + bias)`, or with `pointwise`, an activation, in place of `glu`; each part
-    only where asked for.
+    """`residual + glu(rms_norm(x) W^T + bias)`, or with `pointwise`, an activation, in place of `glu`; each
+    part only where asked for.
 
     `x` `[rows, inputs]`, `weight` `[outputs, inputs]`, `bias` `[outputs]`; `norm_weight` `[inputs]` with
     `eps` and `offset` as `rms_norm` takes them; with `act`, weight and bias hold the gate half, then the up

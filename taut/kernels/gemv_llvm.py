@@ -1,8 +1,8 @@
-"""Products of a few rows on the CPU, with what stands around them, by weights in any format: one pass over the
-weight, at the speed of memory.
+"""Products of a few rows on the CPU, with what stands around them, by weights in any format: one pass over
+the weight, at the speed of memory.
 
-Each thread takes a share of the outputs. It brings the rows of x, normed, into float32 for itself, then reads its
-rows of the weight one after the other, as one stream: reading several at once halves the speed of memory.
+Each thread takes a share of the outputs. It brings the rows of x, normed, into float32 for itself, then reads
+its rows of the weight one after the other, as one stream: reading several at once halves the speed of memory.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ AHEAD = 2048  # bytes that a stream is fetched ahead of its use
 class Format:
     """How a weight `[outputs, inputs]` lies in memory, and how a row of it is multiplied.
 
-    `tensors`: names of its tensors. `step`: inputs that are read at a time, as `each` vectors. `order`: of so many
-    inputs, where the x of every lane is. `most`: rows of x for which this is the fastest way. Formats are values:
-    kernels are kept for equal ones.
+    `tensors`: names of its tensors. `step`: inputs that are read at a time, as `each` vectors. `order`: of so
+    many inputs, where the x of every lane is. `most`: rows of x for which this is the fastest way. Formats
+    are values: kernels are kept for equal ones.
     """
 
     tensors: tuple[str, ...] = ()
@@ -66,8 +66,8 @@ class Format:
         return total
 
     def dot(self, b: Builder, a: SimpleNamespace, x: list[Value], row: Value) -> list[Value]:
-        """Output `row` for the rows of x at these places. Several sums run side by side, since an addition takes
-        as long as it takes to begin four."""
+        """Output `row` for the rows of x at these places. Several sums run side by side, since an addition
+        takes as long as it takes to begin four."""
         width = self.step // self.each
         steps = max(1, 4 // (len(x) * self.each))
         wide = Type("f32", LANES)
@@ -161,7 +161,8 @@ _FIELDS = ("x", "norm", "bias", "residual", "y", "scratch")
 @cache
 def _kernel(p: Product) -> Kernel:
     fields = dict.fromkeys((*_FIELDS, *p.weight.tensors), "ptr")
-    fields |= dict.fromkeys(("rows", "inputs", "outputs", "room"), "i64") | dict.fromkeys(("eps", "offset"), "f32")
+    fields |= dict.fromkeys(("rows", "inputs", "outputs", "room"), "i64")
+    fields |= dict.fromkeys(("eps", "offset"), "f32")
     return Kernel(fields, lambda b, a: _write(b, a, p))
 
 
@@ -195,7 +196,7 @@ def _write(b: Builder, a: SimpleNamespace, p: Product) -> None:
 
 
 def _prepare(b: Builder, a: SimpleNamespace, p: Product, x: Value, start: Value) -> None:
-    """The row of x that begins at element `start`, normed, to the place `x` as the weight's format wants it."""
+    """The row of x that begins at element `start`, normed, to the place `x` as the weight's format has it."""
     factor = None
     if p.norm:
         squares = b.var(0.0, Type("f32", LANES))
@@ -263,7 +264,8 @@ def run(
     pointwise: str | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """What `gemv.gemv_reference` gives, for W `[outputs, inputs]` in some format with these tensors. bias, norm and residual are of x's dtype."""
+    """What `gemv.gemv_reference` gives, for W `[outputs, inputs]` in some format with these tensors. bias,
+    norm and residual are of x's dtype."""
     rows, inputs = x.shape
     weight = weight.for_one_row(x.dtype, inputs) if rows == 1 else weight
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()

@@ -1,12 +1,13 @@
 """Kernels for the CPU: LLVM IR written from Python, compiled by llvmlite for the machine that it runs on.
 
-A kernel is a Python function that writes the IR through a `Builder`: values have operators, vectors are values
-with several lanes, and what Python computes is a constant. Vectors of 16 lanes are what the machine has or become
-several narrower ones, so a kernel is written once for AVX2, AVX-512 and NEON.
+A kernel is a Python function that writes the IR through a `Builder`: values have operators, vectors are
+values with several lanes, and what Python computes is a constant. Vectors of 16 lanes are what the machine
+has or become several narrower ones, so a kernel is written once for AVX2, AVX-512 and NEON.
 """
 
 from __future__ import annotations
 
+import platform
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 LANES = 16
+LEAST = (0, 45)  # llvmlite's first release with LLVM 20, whose text the kernels are written in
 
 _NAMES = {"f16": "half", "bf16": "bfloat", "f32": "float", "f64": "double"}
 _BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
@@ -142,7 +144,7 @@ class Var:
 
 
 class Builder:
-    """Writes the body of one kernel, which every one of `threads` threads runs with its own number `thread`."""
+    """Writes the body of one kernel, which each of `threads` threads runs with its own number `thread`."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -264,8 +266,8 @@ class Builder:
         return self.intrinsic(f"fma.{a.type.mangled}", a.type, a, b, c)
 
     def pairs(self, a: Value, b: Value) -> Value:
-        """Products of int16 lanes, those of neighbours added: int32, half as many lanes. In words that LLVM knows
-        the machine's own operation by."""
+        """Products of int16 lanes, those of neighbours added: int32, half as many lanes. In words that LLVM
+        knows the machine's own operation by."""
         products = self.convert(a, "i32", signed=True) * self.convert(b, "i32", signed=True)
         lanes = a.type.lanes
         return self.shuffle(products, range(0, lanes, 2)) + self.shuffle(products, range(1, lanes, 2))
@@ -376,7 +378,8 @@ def _bytes(type: Type) -> int:
 
 def compiled(fields: Mapping[str, str], write: Callable[[Builder, SimpleNamespace], None]) -> Code:
     """`void (void *arguments, int64 thread, int64 threads)`, whose body `write(builder, a)`
-    writes. `fields` are the types of the arguments ("ptr", "i64", "f32"), eight bytes each and in `a` by name."""
+    writes. `fields` are the types of the arguments ("ptr", "i64", "f32"), eight bytes each and in `a` by
+    name."""
     b = Builder()
     pointer = Value(b, PTR, "%arguments")
     a = {}
@@ -442,20 +445,40 @@ def _machine() -> Any:
     import llvmlite.binding as llvm
 
     _initialized()
-    target = llvm.Target.from_default_triple()
-    features = llvm.get_host_cpu_features().flatten()
-    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+    target, (name, features) = llvm.Target.from_default_triple(), processor()
+    flags = ",".join(f"{'+' if there else '-'}{feature}" for feature, there in sorted(features.items()))
+    return target.create_target_machine(cpu=name, features=flags, opt=3)
 
 
 @cache
-def has(feature: str) -> bool:
-    """Whether this machine has a feature, by LLVM's name ("avx512f")."""
+def processor() -> tuple[str, Mapping[str, bool]]:
+    """What kernels are compiled for: this processor and its features, by LLVM's names."""
     import llvmlite.binding as llvm
 
-    return bool(llvm.get_host_cpu_features().get(feature))
+    return llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features())
+
+
+def has(feature: str) -> bool:
+    """Whether kernels may use a feature of the processor ("avx512f")."""
+    return bool(processor()[1].get(feature))
+
+
+# What vectors of 16 lanes and float16 come down to; older processors would call functions for every number.
+_NEEDED: Mapping[str, Sequence[str]] = MappingProxyType({"x86_64": ("avx2", "fma", "f16c"), "aarch64": ()})
 
 
 @cache
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
-    return None if find_spec("llvmlite") else "llvmlite is not installed (pip install llvmlite)"
+    if find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install llvmlite)"
+    import llvmlite
+
+    if tuple(map(int, llvmlite.__version__.split(".")[:2])) < LEAST:
+        return f"wants llvmlite {LEAST[0]}.{LEAST[1]} or newer; {llvmlite.__version__} is installed"
+    machine = platform.machine()
+    if machine not in _NEEDED:
+        return f"is compiled for {' and '.join(_NEEDED)}; this processor is {machine or 'unknown'}"
+    if lacks := [feature for feature in _NEEDED[machine] if not has(feature)]:
+        return f"wants a processor with {', '.join(_NEEDED[machine])}; this one lacks {', '.join(lacks)}"
+    return None

@@ -28,9 +28,10 @@ def _scale(b: Builder, place: Value, index: Value, dtype: torch.dtype) -> Value:
 
 @dataclass(frozen=True)
 class Nibbles(Format):
-    """4-bit codes, two neighbours a byte, and a scale for each `block` of them, a multiple of 32 in the order of
-    rows: a value is `values[code] * scale`, plus the block's minimum if it has one. `high`: the first of a pair is
-    in the high half. Scales of one byte are codes themselves: `levels[code] * nested + shift` of `nest` blocks.
+    """4-bit codes, two neighbours a byte, and a scale for each `block` of them, a multiple of 32 in the order
+    of rows: a value is `values[code] * scale`, plus the block's minimum if it has one. `high`: the first of a
+    pair is in the high half. Scales of one byte are codes themselves: `levels[code] * nested + shift` of
+    `nest` blocks.
 
     `tensors`: codes, scale, minimum, levels, nested, shift, those that it has.
     """
@@ -135,12 +136,12 @@ def _lined(count: Any) -> Any:
 
 @dataclass(frozen=True)
 class Counts(Format):
-    """4-bit codes of values 0 to 15, the first of a pair in the low half, or signed 8-bit ones, with a scale and
-    perhaps a minimum for each 32, for one row of x: codes are multiplied as integers with x, which has a scale of
-    its own for each 32 and 16 bits, twice those of bfloat16 and more.
+    """4-bit codes of values 0 to 15, the first of a pair in the low half, or signed 8-bit ones, with a scale
+    and perhaps a minimum for each 32, for one row of x: codes are multiplied as integers with x, which has a
+    scale of its own for each 32 and 16 bits, twice those of bfloat16 and more.
 
-    A row of x is these integers, then for each 32 of them their scale, their sum, and room for the products of
-    both scales.
+    A row of x is these integers, then for each 32 of them their scale, their sum, and room for the products
+    of both scales.
     """
 
     bits: int
@@ -260,8 +261,8 @@ def unpack(
     dtype: torch.dtype,
     index: Tensor | None = None,
 ) -> Tensor:
-    """The values `[outputs, inputs]`, or those of the rows that `index`, int64 `[n]`, names; computed in float32
-    and rounded once."""
+    """The values `[outputs, inputs]`, or those of the rows that `index`, int64 `[n]`, names; computed in
+    float32 and rounded once."""
     rows, inputs = shape[0] if index is None else index.shape[0], shape[1]
     out = torch.empty(rows, inputs, dtype=dtype)
     _unpacking(weight, dtype, index is not None)(*tensors, index, out, rows, inputs)

@@ -1,8 +1,8 @@
 """Decode attention on the CPU: a few queries a row over the pages of its cache, split over the keys.
 
-Each thread takes pieces of the work: a query, a key head, and a share of the keys, whose scores it turns into a
-partial sum of values with its own largest score; a second kernel puts the shares together. Keys are taken 16 at a
-time, one tile of a page, so that their scores are one vector.
+Each thread takes pieces of the work: a query, a key head, and a share of the keys, whose scores it turns into
+a partial sum of values with its own largest score; a second kernel puts the shares together. Keys are taken
+16 at a time, one tile of a page, so that their scores are one vector.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ def refuses(q: Tensor, queries: int, scoring: Scoring, pages: Pages | None) -> s
 
 
 def paged_attention(q: Tensor, starts: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
-    """Attention of packed queries `q` `[tokens, heads, head_dim]` over cache pages; `starts` `[rows + 1]` int32.
-    A row without keys gives zeros. Gives `[tokens, heads, head_dim]`."""
+    """Attention of packed queries `q` `[tokens, heads, head_dim]` over cache pages; `starts` `[rows + 1]`
+    int32. A row without keys gives zeros. Gives `[tokens, heads, head_dim]`."""
     tokens, heads, head_dim = q.shape
     size, kv_heads = pages.keys.shape[1:3]
     relative, sinks = scoring.relative, scoring.sinks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,7 +91,8 @@ def missing_threads() -> str | None:
     """Why compiled kernels can't run here, or None."""
     if (why := missing()) is not None:
         return why
-    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+    # Windows has no table of all symbols, and its OpenMP no such function; nor has that of macOS.
+    if os.name != "posix" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
         return "this PyTorch has no OpenMP threads that other code can use"
     return None
 

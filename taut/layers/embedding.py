@@ -47,8 +47,8 @@ class Embedding(nn.Module):
         return linear(hidden, self.weight, bias) if self.packed is None else self.packed(hidden, bias)
 
     def pack(self, units: Sequence[Packed]) -> None:
-        """Hold the weight packed, as these matrices one below the other, and let go of the dense one. Rows are
-        looked up in its dtype."""
+        """Hold the weight packed, as these matrices one below the other, and let go of the dense one. Rows
+        are looked up in its dtype."""
         self.register_buffer("like", self.weight.new_empty(0, device=units[0].device), persistent=False)
         self.weight, self.packed = None, join(units).train(self.training)
 

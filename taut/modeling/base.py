@@ -25,6 +25,7 @@ from taut.engine.replay import Replays
 from taut.errors import RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import Call, explain
+from taut.kernels.dispatch import compiled_refuses
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
@@ -296,7 +297,9 @@ class PreTrainedModel(nn.Module):
         checkpoint = replace(checkpoint, tensors=tensors)
         mapping = weights.fitting(model, known, tensors)
         layout = weights.layout(model, mapping)
-        keep = choice in ("auto", None) and kind is torch.bfloat16 and target.type == "cpu"
+        # Products of packed blocks are fast where there are kernels for them.
+        like = torch.empty(0, dtype=kind, device=target)
+        keep = choice in ("auto", None) and compiled_refuses(like) is None
         packing = choose(
             checkpoint,
             wanted,

@@ -10,7 +10,7 @@ import torch
 
 from taut.kernels import gemv, onednn
 from taut.kernels.attention import Call, KeyRows, Pages, explain
-from taut.kernels.dispatch import device_refuses, triton_refuses
+from taut.kernels.dispatch import compiled_refuses, device_refuses, triton_refuses
 from taut.layers.moe import MoeMlp
 from taut.layers.siblings import Siblings
 
@@ -64,8 +64,9 @@ class Plan:
     __repr__ = __str__
 
 
+@torch.inference_mode()
 def make_plan(model: PreTrainedModel) -> Plan:
-    """The plan of a model on its device, in its dtype; neighbours that run alike share a line."""
+    """What inference runs on the model's device, in its dtype; neighbours that run alike share a line."""
     choices = [
         choice
         for stack, blocks in _stacks(model).items()
@@ -104,7 +105,7 @@ def _choice(first: int, last: int, op: str, offers: list[Offer], stack: str) -> 
 
 def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
     x = torch.empty(1, model.config.dim, dtype=model.dtype, device=model.device)
-    elementwise: list[Offer] = [("triton", triton_refuses(x)), ("reference", None)]
+    triton: Offer = ("triton", triton_refuses(x))
     attn = block.self_attn
     experts = {"experts": _experts(x, block.mlp.experts)} if isinstance(block.mlp, MoeMlp) else {}
     cached = {}
@@ -114,7 +115,8 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
             "attention of a decode step": _attention(model, attn, 1, rows=1, cached=True),
         }
     return {
-        "norm, rotation, activation": elementwise,
+        "norm, rotation": [triton, ("llvm", compiled_refuses(x)), ("reference", None)],
+        "activation by itself": [triton, ("reference", None)],
         "products of 1 row": _products(x, attn.qkv_proj, 1),
         "products of 512 rows": _products(x, attn.qkv_proj, 512),
         **experts,
@@ -154,8 +156,7 @@ def _attention(
     if source is not None:
         starts = torch.empty(rows + 1, dtype=torch.int32, device=model.device)
         keys_of = KeyRows(starts, source)
-    with torch.inference_mode():
-        return explain(Call(q, rows, longest, attn.scoring, pages, c.kv_heads, keys_of), attn.only)
+    return explain(Call(q, rows, longest, attn.scoring, pages, c.kv_heads, keys_of), attn.only)
 
 
 def _experts(x: torch.Tensor, experts: Experts) -> list[Offer]:
@@ -181,6 +182,5 @@ def _products(x: torch.Tensor, linear: Linear | Siblings, rows: int) -> list[Off
         if why is None and rows > gemv.WINNING_ROWS:
             why = f"cuBLAS is as fast beyond {gemv.WINNING_ROWS} rows"
         return [("gemv", why), ("cuBLAS", None)]
-    with torch.no_grad():
-        many = onednn.refuses(x.contiguous(), weight)
+    many = onednn.refuses(x.contiguous(), weight)
     return [("gemv", gemv.refuses(x, weight)), ("oneDNN", many), ("PyTorch", None)]

@@ -65,13 +65,13 @@ class Packed(nn.Module):
     def fused(
         self, x: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None
     ) -> Tensor | None:
-        """`residual + glu(x W^T + bias)` as `forward` gives it, by a kernel for GPUs that does it all, without
-        gradients; None where there is none for this input."""
+        """`residual + glu(x W^T + bias)` as `forward` gives it, by a kernel for GPUs that does it all,
+        without gradients; None where there is none for this input."""
         return None
 
     def lanes(self) -> tuple[gemv_llvm.Format, tuple[Tensor | None, ...]] | None:
-        """How kernels for the CPU read the weight, and the tensors that they read; None for a format that they
-        don't know."""
+        """How kernels for the CPU read the weight, and the tensors that they read; None for a format that
+        they don't know."""
         return None
 
     def kernel_codes(self) -> Codes | None:
@@ -121,9 +121,9 @@ class Packed(nn.Module):
         norm: Mapping[str, Any] | None = None,
         pointwise: str | None = None,
     ) -> Tensor:
-        """`residual + glu(norm(x) W^T + bias)`, `[..., in_features] -> [..., out_features]` (half as many with
-        `act`), each part only where given; gradients flow to `x`, `bias` and `residual`. Only where `streams`
-        has no objection: `norm`, the arguments of an RMSNorm, and `pointwise`, an activation."""
+        """`residual + glu(norm(x) W^T + bias)`, `[..., in_features] -> [..., out_features]` (half as many
+        with `act`), each part only where given; gradients flow to `x`, `bias` and `residual`. Only where
+        `streams` has no objection: `norm`, the arguments of an RMSNorm, and `pointwise`, an activation."""
         dtype = x.dtype
         if x.ndim == 2 and self.streams(x) is None:
             weight, tensors = self.lanes()

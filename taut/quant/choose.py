@@ -79,9 +79,9 @@ def choose(
     """The `Choice` for a model whose linear layers are `linears`, by the names of their matrices on disk.
 
     `heads`: modules that stay dense where the caller names none. `keep_blocks`: GGUF's 4- and 8-bit linear
-    layers, and the embeddings `tables`, stay packed, where nothing else is asked for. Raises `RequestError` where a packed checkpoint is
-    asked for in another format or nothing can be packed, and `ConfigError` or `CheckpointError` for a
-    checkpoint's own quantization that is unknown or incomplete.
+    layers, and the embeddings `tables`, stay packed, where nothing else is asked for. Raises `RequestError`
+    where a packed checkpoint is asked for in another format or nothing can be packed, and `ConfigError` or
+    `CheckpointError` for a checkpoint's own quantization that is unknown or incomplete.
     """
     own = checkpoint.config.get("quantization_config")
     if own is not None:

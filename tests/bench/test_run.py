@@ -88,9 +88,9 @@ def test_small_formats_beside_bitsandbytes_and_16_bit(load_in: str, form: str) -
     report = measure_all(options)
     subjects = [f"taut {form}", f"transformers sdpa {form}", "taut float32", "transformers sdpa float32"]
     assert report.subjects() == subjects and all(point.failed is None for point in report.points)
-    # The peer computes with the same codes (in the dtype that it has on a CPU), the others with what they
-    # were made of.
-    assert report.agreement[subjects[1]] < 0.7 * report.agreement[subjects[3]]
+    # The peer computes with the same codes (in the dtype that it has on a CPU; int8 with rounded activations,
+    # where Taut's product of few rows takes them as they are), the others with what they were made of.
+    assert report.agreement[subjects[1]] < 0.8 * report.agreement[subjects[3]]
     assert report.agreement[subjects[2]] == pytest.approx(report.agreement[subjects[3]], rel=1e-3)
 
 

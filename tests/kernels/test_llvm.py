@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 pytest.importorskip("llvmlite")
 pytest.importorskip("triton")
 
-from taut.kernels import gemv_llvm, norm, norm_llvm, paged_llvm, rope, rope_llvm
+from taut.kernels import gemv_llvm, llvm, norm, norm_llvm, packed_llvm, paged_llvm, rope, rope_llvm
 from taut.kernels.act import ACTIVATIONS
 from taut.kernels.attention import Pages, attention
 from taut.kernels.gemv import gemv_reference
 from taut.kernels.threads import Tape, recording
+from taut.quant.affine import Affine
+from taut.quant.blockwise import Blockwise
+from taut.quant.int8 import Int8
 from tests.kernels.test_paged import CASES, Case
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -31,6 +35,50 @@ def threads(request):
     with torch.inference_mode():
         yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def processor(request, monkeypatch):
+    """What kernels are written for. Those that use no operation of x86's own run here too, and are compiled
+    for ARM, where they must not come down to calls."""
+    if request.param != "this processor":
+        if not llvm.has("avx2"):
+            pytest.skip("stands in for others on x86 alone")
+        wide = ("avx512", "avx10", "amx", "evex512")
+        features = {f: there and not f.startswith(wide) for f, there in llvm.processor()[1].items()}
+        found = "haswell", features if request.param == "AVX2" else {}
+        monkeypatch.setattr(llvm, "processor", lambda: found)
+    if request.param == "no x86":
+        assemble = llvm.assemble
+
+        def checked(source: str, *rest) -> llvm.Code:
+            assert not calls_on_arm(source)
+            return assemble(source, *rest)
+
+        monkeypatch.setattr(llvm, "assemble", checked)
+    forget()
+    yield request.param
+    forget()
+
+
+def calls_on_arm(source: str) -> set[str]:
+    import llvmlite.binding as binding
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = binding.parse_assembly(source)
+    machine = binding.Target.from_triple("aarch64-linux-gnu").create_target_machine(cpu="generic", opt=3)
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(3))
+    passes.getModulePassManager().run(module, passes)
+    return set(re.findall(r"\tbl\t(\w+)", machine.emit_assembly(module))) - {"memset", "memcpy"}
+
+
+def forget() -> None:
+    """Drop what is compiled."""
+    for cached in (gemv_llvm._kernel, gemv_llvm.dense, norm_llvm._kernel, packed_llvm._unpacking):
+        cached.cache_clear()
+    for cached in (rope_llvm._kernel, rope_llvm._angles, paged_llvm._partial, paged_llvm._joining):
+        cached.cache_clear()
 
 
 PRODUCTS = {  # rows, inputs, outputs, and what stands around the product
@@ -60,6 +108,73 @@ def test_products(dtype) -> None:
         assert got.dtype is dtype and distance(got, want) < BOUNDS[dtype], name
         plain = gemv_llvm.run(x, gemv_llvm.Dense(dtype), (weight,), weight.shape[0], **given, **rest)
         assert distance(plain, want) < BOUNDS[dtype], name
+
+
+def packed_weights(inputs: int):
+    """A matrix in every format that kernels read."""
+    w = torch.randn(33, inputs) / inputs**0.5
+    groups = w.view(33, -1, 32)
+    codes = torch.randint(0, 16, w.shape).byte()
+    codes = codes[:, ::2] | (codes[:, 1::2] << 4)
+    scale = groups.abs().amax(-1) / 8
+    yield "affine4", Affine(codes, scale.half(), -8 * scale)
+    yield "affine4, 16-bit minima", Affine(codes, scale.half(), (-8 * scale).half())
+    yield (
+        "affine8",
+        Affine((groups / scale[..., None] * 15).round().char().flatten(1), (scale / 15).half(), None),
+    )
+    yield "int8", Int8.pack(w, 6.0)
+    for kind, block, double in (("nf4", 64, True), ("fp4", 32, False)):
+        yield f"{kind} {block} {double}", Blockwise.pack(w, kind, block, double)
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "processor"),
+    [*((dtype, "this processor") for dtype in BOUNDS), (torch.bfloat16, "AVX2"), (torch.float32, "no x86")],
+    indirect=["processor"],
+)
+def test_packed_products(dtype, processor) -> None:
+    torch.manual_seed(3)
+    for inputs in (64, 544, 1088):
+        for name, packed in packed_weights(inputs):
+            values = packed.dequantize(torch.float64 if name.startswith("affine") else torch.float32).double()
+            norm_weight, residual = torch.randn(inputs).to(dtype), torch.randn(9, 33).to(dtype)
+            arguments = {"norm_weight": norm_weight, "eps": 1e-5, "offset": 0.0}
+            index = torch.tensor([32, 0, 7])
+            got = packed.rows_at(index, dtype)
+            assert got.dtype is dtype and distance(got, values[index]) < BOUNDS[dtype], name
+            for rows in (1, 9):
+                x = torch.randn(rows, inputs).to(dtype)
+                x[0, 3] = 40.0  # much larger than its neighbours
+                assert packed.streams(x) is None
+                want = (
+                    norm.rms_norm(x.double(), norm_weight.double(), 1e-5) @ values.T
+                    + residual[:rows].double()
+                )
+                y = packed(x, residual=residual[:rows], norm=arguments)
+                assert y.dtype is dtype and distance(y, want) < BOUNDS[dtype], (name, inputs, rows)
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(bad) -> None:
+    for inputs in (64, 1088):
+        for name, packed in packed_weights(inputs):
+            x = torch.randn(1, inputs, dtype=torch.bfloat16)
+            x[0, 5] = bad
+            assert not packed(x).isfinite().any(), name
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "processor"), [(torch.bfloat16, "AVX2"), (torch.float16, "no x86")], indirect=["processor"]
+)
+def test_other_processors(dtype, processor) -> None:
+    test_norms(dtype)
+    test_rotation(dtype)
+    test_angles(dtype)
+    test_attention("several queries, grouped, odd dim", dtype)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
