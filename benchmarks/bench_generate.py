@@ -7,7 +7,8 @@ is a median over the rounds with the smallest and the largest beside it. Loading
 process each time: memory is the peak of that process less what it held before the load began.
 
 dtype "auto" is what each makes of the file by itself: of a GGUF file Taut on a CPU keeps 4 and 8 bits, as
-does llama.cpp (where llama-cpp-python is installed), and transformers, which can't, runs in bfloat16.
+does llama.cpp (where llama-cpp-python is installed); transformers runs in bfloat16, and dequantizes where it
+has no kernels for the packed file.
 """
 
 from __future__ import annotations
