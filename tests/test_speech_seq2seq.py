@@ -188,7 +188,8 @@ def test_packed_weights_compute_in_both_stacks_and_keep_every_byte(name, tmp_pat
         close(got, want)
     model.save_pretrained(tmp_path / "once")
     again = getattr(taut, AUTO).from_pretrained(tmp_path / "once")
-    assert torch.equal(again(**given).logits, got)
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, got)
     again.save_pretrained(tmp_path / "twice")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
