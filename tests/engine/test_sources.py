@@ -11,9 +11,11 @@ import torch
 from taut import AutoModelForSeq2SeqLM
 from taut.engine import Engine, Request, SamplingParams
 from taut.engine.beams import Beams
+from taut.engine.draft_model import Assistant, DraftModel
 from taut.errors import NumericsError, RequestError
 
 from .checks import check_pages
+from .guesses import Always
 from .test_engine import Chained
 
 VOCAB, CONTEXT = 61, 64
@@ -143,6 +145,21 @@ def test_sources_share_a_step_as_far_as_a_chunk_goes():
 
 def range_of(count: int) -> tuple[int, ...]:
     return tuple(2 + index % 50 for index in range(count))
+
+
+@pytest.mark.parametrize("pages", [6, 20, 80])
+def test_a_draft_model_reads_sources_where_it_has_room(pages):
+    generator, e = random.Random(1), engine(num_pages=60)
+    e.ledger = Always()
+    drafts = DraftModel(model("bart"), num_pages=pages, page_size=4)
+    asked = [request(drawn(generator), 9) for _ in range(6)]
+    for one in asked:
+        one.drafter = Assistant(drafts, model("bart"), 4)
+    seen = encoded(e, asked)
+    own = sum(len(one.source) for one in asked)
+    assert (own < sum(seen) < 2 * own) if pages == 6 else sum(seen) == 2 * own  # once each
+    assert [one.output for one in asked] == [alone("bart", one) for one in asked]
+    assert drafts.pages.free == pages and not drafts.has_work and e.pages.free == e.pages.count
 
 
 def test_states_are_a_source_too():
