@@ -93,8 +93,10 @@ def _positions(config: ModelConfig, attns: list[Attn]) -> Iterator[str]:
         yield "sinusoidal positions" if config.positions.sinusoidal else "learned positions"
     if attns[0].slopes is not None:
         yield "ALiBi"
+    if config.waves is not None:
+        yield "positions by a convolution"
     if attns[0].relative is not None:
-        yield "a learned bias of distances"
+        yield "a learned bias of distances" + (", gated by each query" if attns[0].gated else "")
 
 
 def _attention(attns: list[Attn]) -> Iterator[str]:

@@ -15,6 +15,8 @@ _HOMES = {
     "AutoFeatureExtractor": "taut.processor",
     "AutoImageProcessor": "taut.processor",
     "AutoModel": "taut.auto",
+    "AutoModelForAudioClassification": "taut.auto",
+    "AutoModelForCTC": "taut.auto",
     "AutoModelForCausalLM": "taut.auto",
     "AutoModelForImageClassification": "taut.auto",
     "AutoModelForMaskedLM": "taut.auto",
@@ -50,7 +52,9 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from taut.auto import AutoConfig as AutoConfig
     from taut.auto import AutoModel as AutoModel
+    from taut.auto import AutoModelForAudioClassification as AutoModelForAudioClassification
     from taut.auto import AutoModelForCausalLM as AutoModelForCausalLM
+    from taut.auto import AutoModelForCTC as AutoModelForCTC
     from taut.auto import AutoModelForImageClassification as AutoModelForImageClassification
     from taut.auto import AutoModelForMaskedLM as AutoModelForMaskedLM
     from taut.auto import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering

@@ -33,6 +33,8 @@ from taut.modeling.base import PreTrainedModel
 from taut.modeling.causal import CAUSAL
 from taut.modeling.contrast import TextProjection
 from taut.modeling.image import ImageProjection, TaughtImageClassifier
+from taut.modeling.spectrogram import SpectrogramClassifier, SpectrogramEncoder
+from taut.modeling.speech import CtcModel, SpeechClassifier, SpeechEncoder
 from taut.models import families, family, kind, read_config, stem
 
 
@@ -131,6 +133,8 @@ class AutoModel(_Auto):
             "image encoder": ImageModel,
             "image-text model": ContrastiveModel,
             "image tower": ImageModel,
+            "spectrogram encoder": SpectrogramEncoder,
+            "speech encoder": SpeechEncoder,
             "speech encoder-decoder": SpeechSeq2SeqModel,
             "text tower": TextTower,
         }
@@ -211,6 +215,20 @@ class AutoModelForZeroShotImageClassification(_Auto):
     kinds = MappingProxyType({"image-text model": ContrastiveModel})
 
 
+class AutoModelForCTC(_Auto):
+    """Loads a speech encoder that scores frames for characters."""
+
+    kinds = MappingProxyType({"speech encoder": CtcModel})
+
+
+class AutoModelForAudioClassification(_Auto):
+    """Loads a model that classifies sounds."""
+
+    kinds = MappingProxyType(
+        {"spectrogram encoder": SpectrogramClassifier, "speech encoder": SpeechClassifier}
+    )
+
+
 class _Projection(_Auto):
     """Stands for half a model of images and texts, with the projection behind it."""
 
@@ -238,6 +256,8 @@ AUTO: Mapping[str, type[_Auto]] = MappingProxyType(
             AutoModelForQuestionAnswering,
             AutoModelForImageClassification,
             AutoModelForZeroShotImageClassification,
+            AutoModelForCTC,
+            AutoModelForAudioClassification,
         )
     }
 )
@@ -280,6 +300,8 @@ def class_names() -> dict[str, tuple[str, type[_Auto]]]:
                 name = f"{stem(module)}{EncoderModel.suffix}"
                 if not getattr(module, "ENCODER_ALONE", False):
                     continue
+            if auto is AutoModelForAudioClassification and kind(module) in auto.kinds:
+                name = f"{stem(module)}{auto.kinds[kind(module)].suffix}"  # transformers has two
             if kind(module) in auto.kinds:
                 found[name] = model_type, auto
         for suffix in getattr(module, "CLASSES", ()):

@@ -139,9 +139,9 @@ class LayerScale:
 @dataclass(frozen=True)
 class Patches:
     """How a picture of `image` pixels (height, width) and so many `channels` becomes tokens: one for each of
-    its patches of `size` pixels, projected with a `bias` or without; `prefix` learned ones stand ahead of
-    them. All have learned `positions`, which for pictures of other sizes are interpolated, on request or,
-    `elastic`, by themselves.
+    its patches of `size` pixels, a `stride` apart (None: side by side), projected with a `bias` or without;
+    `prefix` learned ones stand ahead of them. All have learned `positions`, which for pictures of other sizes
+    are interpolated, on request or, `elastic`, by themselves.
 
     `hidden`: there is a learned token for patches that are left out, which files keep under so many leading
     dimensions; `flat`: those of prefix and positions have none.
@@ -156,15 +156,53 @@ class Patches:
     elastic: bool = False
     hidden: int | None = None
     flat: bool = False
+    stride: tuple[int, int] | None = None
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Patches of a picture of so many pixels, in rows and columns."""
+        (down, across), (high, wide) = self.stride or self.size, self.size
+        return (height - high) // down + 1, (width - wide) // across + 1
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches of a picture, in rows and columns."""
-        return self.image[0] // self.size[0], self.image[1] // self.size[1]
+        return self.grid_of(*self.image)
 
     @property
     def tokens(self) -> int:
         return self.prefix + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Waves:
+    """How a waveform becomes tokens: by convolutions of so many `channels` each, with these `kernels` and
+    `strides`, a `bias` or none, and an activation `act`; `normed` by channel and clip behind the first
+    ("group") or by frame behind each ("layer"). Frames get a `norm` and are projected; what a convolution of
+    `positions` (kernel, groups) makes of their neighbours is added.
+
+    `hidden`: there is a learned token for frames that are left out; `features_given`: outputs have the
+    frames.
+    """
+
+    channels: tuple[int, ...]
+    kernels: tuple[int, ...]
+    strides: tuple[int, ...]
+    bias: bool
+    act: str
+    normed: str
+    norm: Norm | None
+    positions: tuple[int, int]
+    hidden: bool
+    features_given: bool = True
+
+
+@dataclass(frozen=True)
+class Ctc:
+    """How the losses of clips become one: "sum" or "mean"; `zero_infinity`: a clip with more characters than
+    frames counts nothing."""
+
+    reduction: str
+    zero_infinity: bool
 
 
 @dataclass(frozen=True)
@@ -207,8 +245,8 @@ class Probe:
 @dataclass(frozen=True)
 class Pooler:
     """One vector of a row's tokens, then what `after` makes of it, of `size` features (None: as many). Of a
-    picture it is that `of` the "first" token, the mean of the "patches" or what a `Probe` finds; of a text
-    that of its first "eos" token, the first with the "highest" id or the "last".
+    picture it is that `of` the "first" token, the mean of the "prefix" or of the "patches", or what a `Probe`
+    finds; of a text that of its first "eos" token, the first with the "highest" id or the "last".
     """
 
     of: str | Probe
@@ -227,7 +265,8 @@ class Heads:
 
     A picture's `pooler` is a `Pooler`; it is classified by what that gives, or, as `pooling` says, by its
     "first" token, the mean of its "patches", or both at once ("first, patches"). `projection`: the features
-    to which vectors are projected that are compared with those of the other kind.
+    to which vectors are projected that are compared with those of the other kind, or frames before a clip is
+    classified; `all_layers`: by a learned mean of all hidden states. `ctc`: the loss of frames' characters.
     """
 
     pooler: Transform | Pooler | None = None
@@ -239,6 +278,8 @@ class Heads:
     span: Transform | None = None
     bias: bool = True
     projection: int | None = None
+    all_layers: bool = False
+    ctc: Ctc | None = None
 
 
 @dataclass(frozen=True)
@@ -249,8 +290,8 @@ class Attn:
     keys, each `qk_norm_of` a "head" with one weight for all, "own head" with a weight each, or "all" heads as
     one vector. `slopes`: ALiBi (Press et al. 2022), one a head. `clip` bounds the fused projection's output.
     `sinks`: a learned score a head, as of one more key without a value (Xiao et al. 2023). `relative`: the
-    bias of distances, whose weights all layers with it share; `grid`: that of a picture's patches. `k_bias`:
-    where the projection has biases, so have keys.
+    bias of distances, whose weights all layers with it share, `gated` by each query (WavLM; Chen et al.
+    2021); `grid`: that of a picture's patches. `k_bias`: where the projection has biases, so have keys.
     """
 
     heads: int
@@ -269,6 +310,7 @@ class Attn:
     causal: bool = True
     sinks: bool = False
     relative: Relative | None = None
+    gated: bool = False
     grid: Grid | None = None
     k_bias: bool = True
 
@@ -365,9 +407,9 @@ class ModelConfig:
     where there is an `embed_dim`, the projection to `dim`. `weights_of` names for each layer the first one
     with the same weights.
 
-    `patches`: how a picture becomes the tokens of an image encoder; `mel_bins`: the bands of the spectrograms
-    that an encoder hears. `contrast`: the encoders of a model of texts and pictures, of which this is the
-    texts'.
+    `patches`: how a picture becomes the tokens of an image encoder; `waves`: a waveform those of a speech
+    encoder; `mel_bins`: the bands of the spectrograms that an encoder hears. `contrast`: the encoders of a
+    model of texts and pictures, of which this is the texts'.
 
     Looking up the token `padding` teaches its vector nothing. `wide`: between blocks a float16 model is
     float32, since what they add up to is too large.
@@ -399,6 +441,7 @@ class ModelConfig:
     decoder_start_token_id: int | None = None
     patches: Patches | None = None
     mel_bins: int | None = None
+    waves: Waves | None = None
     contrast: Contrast | None = None
     dtype: torch.dtype | None = None
     bos_token_id: int | None = None

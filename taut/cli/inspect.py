@@ -35,11 +35,22 @@ PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 # What families call them, in small letters; the first part with a word of the name has it.
 _WORDS = MappingProxyType(
     {
-        "head": ("lm_head", "embed_out", "final_logits_bias", "cls.", "classifier", "qa_outputs"),
+        "head": (
+            "lm_head",
+            "embed_out",
+            "final_logits_bias",
+            "cls.",
+            "classifier",
+            "projector",
+            "qa_outputs",
+        ),
         "norms": ("norm", ".ln_"),
-        "embedding": ("embed", "wte", "wpe", "project_in", "project_out", "shared.weight"),
+        "embedding": ("embed", "wte", "wpe", "project_in", "project_out", "shared.weight", "feature_"),
         "attention": ("attn", "attention"),
-        "mlp": ("mlp", "ffn", ".fc1", ".fc2", "moe", "densereludense", ".intermediate.", ".output.dense"),
+        "mlp": (
+            *("mlp", "ffn", ".fc1", ".fc2", "moe", "densereludense", ".intermediate.", ".output.dense"),
+            "feed_forward",
+        ),
     }
 )
 
@@ -99,6 +110,7 @@ def kinds_of_layers(config: ModelConfig) -> list[dict[str, Any]]:
                 "rope": rope,
                 "alibi": attn.slopes is not None,
                 "relative_bias": attn.relative is not None or attn.grid is not None,
+                "gated_bias": attn.gated,
                 "cross_attention": layer.cross is not None,
                 "mlp_hidden": mlp.hidden,
                 "activation": mlp.act,
@@ -157,7 +169,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
         "parts": {n: {"tensors": p.tensors, "parameters": p.parameters} for n, p in sizes.items()},
         "config": {
             "kind": config.kind,
-            "vocab_size": config.vocab_size,
+            "vocab_size": _vocabulary(config),
             "dim": config.dim,
             "layers": len(config.layers),
             "context": context,
@@ -170,6 +182,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
             "encoder_layer_kinds": None if encoder is None else kinds_of_layers(encoder),
             "image": _image(config),
             "spectrogram": _spectrogram(encoder),
+            "sound": _sound(config),
         },
         "unused_config_keys": list(config.unused),
         "tokenizer": tokenizer_facts(path),
@@ -183,6 +196,12 @@ def _spectrogram(encoder: ModelConfig | None) -> dict[str, Any] | None:
     return {"mel_bins": encoder.mel_bins, "frames": 2 * encoder.context}
 
 
+def _vocabulary(config: ModelConfig) -> int:
+    """How many words a model has; 0 for one without any, as a speech encoder is unless it has a head of
+    them."""
+    return config.vocab_size if config.waves is None or config.architecture.endswith("ForCTC") else 0
+
+
 def _image(config: ModelConfig) -> dict[str, Any] | None:
     """What a model makes of images; None for one that takes none."""
     vision = config if config.contrast is None else config.contrast.vision
@@ -190,7 +209,19 @@ def _image(config: ModelConfig) -> dict[str, Any] | None:
     if patches is None:
         return None
     kinds = None if vision is config else kinds_of_layers(vision)
-    return {"size": patches.image, "patch": patches.size, "tokens": patches.tokens, "layer_kinds": kinds}
+    return {
+        "size": patches.image,
+        "patch": patches.size,
+        "stride": patches.stride or patches.size,
+        "tokens": patches.tokens,
+        "layer_kinds": kinds,
+    }
+
+
+def _sound(config: ModelConfig) -> dict[str, Any] | None:
+    """How a model makes tokens of waveforms; None for one that takes none."""
+    waves = config.waves
+    return None if waves is None else {"samples_per_token": prod(waves.strides), "kernels": waves.kernels}
 
 
 def _learned_positions(config: ModelConfig) -> int | None:
@@ -207,7 +238,8 @@ def _layer_text(kind: dict[str, Any]) -> str:
     rope = kind["rope"]
     turned = "no rotary embedding"
     if kind["alibi"] or kind["relative_bias"]:
-        turned = "ALiBi" if kind["alibi"] else "a learned bias of distances"
+        gated = ", gated by each query" if kind["gated_bias"] else ""
+        turned = "ALiBi" if kind["alibi"] else f"a learned bias of distances{gated}"
     if rope is not None:
         scaled = f", {rope['scaling']} scaling" if rope["scaling"] else ""
         partial = "" if rope["dim"] == kind["head_dim"] else f" of {rope['dim']} features"
@@ -264,13 +296,22 @@ def show(facts: dict[str, Any]) -> None:
     words = f", vocabulary {config['vocab_size']}" if config["vocab_size"] else ""
     row("size", f"{deep}, dim {config['dim']}{words}")
     if config["image"] is not None:
-        pixels, patch = (" x ".join(map(str, config["image"][key])) for key in ("size", "patch"))
-        row("images", f"{pixels} pixels in patches of {patch}: {config['image']['tokens']} tokens")
+        pixels, patch, apart = (
+            " x ".join(map(str, config["image"][key])) for key in ("size", "patch", "stride")
+        )
+        patch = patch if apart == patch else f"{patch}, {apart} apart"
+        name, unit = ("images", "pixels")
+        if config["kind"] == "spectrogram encoder":
+            name, unit = "spectrograms", "bands and frames"
+        row(name, f"{pixels} {unit} in patches of {patch}: {config['image']['tokens']} tokens")
         if config["image"]["layer_kinds"] is not None:
             row("image layers", "\n".join(map(_layer_text, config["image"]["layer_kinds"])))
     if config["spectrogram"] is not None:
         heard = config["spectrogram"]
         row("spectrograms", f"{heard['mel_bins']} mel bins, {heard['frames']} frames at a time")
+    if config["sound"] is not None:
+        each, count = config["sound"]["samples_per_token"], len(config["sound"]["kernels"])
+        row("sound", f"a token for {each} samples, by {count} convolutions")
     if encoder is not None:
         row("encoder", "\n".join(map(_layer_text, encoder)))
     row("layers" if encoder is None else "decoder", "\n".join(map(_layer_text, config["layer_kinds"])))

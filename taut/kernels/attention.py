@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from types import MappingProxyType
 
@@ -28,9 +28,10 @@ class Scoring:
     `causal` off: keys nearer than `window` on both sides); `softcap`: `cap * tanh(score / cap)`; `slopes`
     `[heads]`: ALiBi (Press et al. 2022), `slope * (key position - query position)` is added; `relative`
     `[heads, 2 * reach + 1]`: a learned bias (T5), entry `reach + key position - query position` is added,
-    with distances beyond `reach` taken as `reach`. `sinks` `[heads]`: learned scores that take part in the
-    softmax as one more key would, whose value is nothing (GPT-OSS; Xiao et al. 2023), so that the weights of
-    keys sum to less than 1. `bias` `[heads, queries, keys]` is added too, where every row has so many.
+    with distances beyond `reach` taken as `reach`, and for each query times its `gate` `[tokens, heads]`.
+    `sinks` `[heads]`: learned scores that take part in the softmax as one more key would, whose value is
+    nothing (GPT-OSS; Xiao et al. 2023), so that the weights of keys sum to less than 1. `bias` `[heads,
+    queries, keys]` is added too, where every row has so many.
     """
 
     scale: float
@@ -41,6 +42,7 @@ class Scoring:
     relative: Tensor | None = None
     sinks: Tensor | None = None
     bias: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,14 @@ def _rows(
             yield q[begin:end], *pages.row(row, lengths[row])
 
 
+def _gated(scoring: Scoring, own: slice, rows: int | None = None) -> Scoring:
+    """The scoring of some of the tokens, its gate `[queries, heads]`, or `[rows, queries, heads]`."""
+    if scoring.gate is None:
+        return scoring
+    gate = scoring.gate[own]
+    return replace(scoring, gate=gate if rows is None else gate.unflatten(0, (rows, -1)))
+
+
 def _visible(queries: int, keys: int, scoring: Scoring, device: torch.device) -> Tensor | None:
     """Boolean `[queries, keys]` of what each query sees, or None where it sees everything."""
     if not (scoring.causal and queries > 1) and (scoring.window is None or scoring.window >= keys):
@@ -253,10 +263,13 @@ def _relative(queries: int, keys: int, table: Tensor) -> Tensor:
 
 
 def _bias(queries: int, keys: int, scoring: Scoring) -> Tensor | None:
-    """What is added to the scores, `[heads, queries, keys]`, or None."""
+    """What is added to the scores of a row, `[heads, queries, keys]`, or None; where rows are gated, with
+    their dimension in front."""
     bias = None if scoring.slopes is None else _alibi(queries, keys, scoring.slopes)
     if scoring.relative is not None:
         relative = _relative(queries, keys, scoring.relative)
+        if scoring.gate is not None:
+            relative = relative * scoring.gate.mT[..., None]
         bias = relative if bias is None else bias + relative
     if scoring.bias is not None:
         bias = scoring.bias if bias is None else bias + scoring.bias
@@ -267,13 +280,14 @@ def _reference(q, k, v, starts, longest, scoring, pages, key_rows=None):
     """The definition of right: one row at a time, scores in float32 (float64 for float64 input)."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // (k if pages is None else pages.keys).shape[-2]
-    out, weights = [], []
+    out, weights, at = [], [], 0
     for qr, kr, vr in _rows(q, k, v, starts, pages, key_rows):
+        own, at = slice(at, at + len(qr)), at + len(qr)
         kr, vr = (t.to(wide).repeat_interleave(group, 1) for t in (kr, vr))
         scores = torch.einsum("qhd,khd->hqk", qr.to(wide), kr) * scoring.scale
         if scoring.softcap is not None:
             scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-        if (bias := _bias(len(qr), len(kr), scoring)) is not None:
+        if (bias := _bias(len(qr), len(kr), _gated(scoring, own))) is not None:
             scores = scores + bias.to(wide)
         if (seen := _visible(len(qr), len(kr), scoring, q.device)) is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
@@ -300,7 +314,7 @@ def _sdpa(q, k, v, starts, longest, scoring, pages, key_rows):
     if pages is None and q.shape[0] == rows * longest and k.shape[0] == rows * keys:
         q = q.unflatten(0, (rows, longest))
         k, v = (t.unflatten(0, (rows, keys)) for t in (k, v))
-        return _sdpa_dense(q, k, v, scoring).flatten(0, 1)
+        return _sdpa_dense(q, k, v, _gated(scoring, slice(None), rows)).flatten(0, 1)
     if pages is None:
         return _sdpa_runs(q, k, v, starts, scoring, key_rows)
     return torch.cat(
@@ -327,7 +341,8 @@ def _sdpa_runs(
             out.append(torch.zeros_like(q[own]))
             continue
         k_rows, v_rows = (t[seen].unflatten(0, (rows, key_width)) for t in (k, v))
-        out.append(_sdpa_dense(q[own].unflatten(0, (rows, width)), k_rows, v_rows, scoring).flatten(0, 1))
+        q_rows, gated = q[own].unflatten(0, (rows, width)), _gated(scoring, own, rows)
+        out.append(_sdpa_dense(q_rows, k_rows, v_rows, gated).flatten(0, 1))
     return torch.cat(out)
 
 
@@ -425,16 +440,16 @@ def _bias_of_last(behind: Tensor, kv_heads: int, scoring: Scoring) -> Tensor:
 def _sdpa_refuses(call: Call) -> str | None:
     if call.scoring.softcap is not None:
         return f"scaled_dot_product_attention has no soft-cap (asked: {call.scoring.softcap})"
-    if call.scoring.bias is not None and call.pages is not None:
-        return "takes a bias for keys of the batch alone"
+    if call.pages is not None and (call.scoring.bias is not None or call.scoring.gate is not None):
+        return "takes what each pair has of its own for keys of the batch alone"
     return None
 
 
 def _flash_refuses(call: Call) -> str | None:
     if (why := device_refuses(call.q.device)) is not None:
         return why
-    if call.scoring.bias is not None:
-        return "adds nothing to each pair of a query and a key"
+    if call.scoring.bias is not None or call.scoring.gate is not None:
+        return "adds nothing that each pair of a query and a key has of its own"
     from taut.kernels.flash import why_not
 
     return why_not(call.q, call.scoring)
@@ -455,8 +470,8 @@ def _paged_refuses(call: Call) -> str | None:
         return paged_llvm.refuses(call.q, call.longest, call.scoring, call.pages)
     if (why := device_refuses(call.q.device)) is not None:
         return why
-    if call.scoring.bias is not None:
-        return "adds nothing to each pair of a query and a key"
+    if call.scoring.bias is not None or call.scoring.gate is not None:
+        return "adds nothing that each pair of a query and a key has of its own"
     from taut.kernels.paged_triton import refuses
 
     return refuses(call.q, call.longest, call.scoring, call.pages)

@@ -12,7 +12,7 @@ from taut.config import Attn
 from taut.errors import ConfigError, RequestError
 from taut.kernels.attention import KeyRows, Pages, Scoring, attention
 from taut.kernels.dispatch import ops
-from taut.layers.embedding import GridBias
+from taut.layers.embedding import DistanceGate, GridBias
 from taut.layers.linear import Linear
 from taut.layers.norm import HeadNorm, Norm
 
@@ -36,6 +36,7 @@ class Attention(nn.Module):
             config.softcap,
             slopes,
             relative,
+            gate=torch.zeros(1, config.heads, device="cpu") if config.gated else None,
             bias=None if config.grid is None else torch.zeros(config.heads, 1, 1, device="cpu"),
         )
         self.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype)) if config.sinks else None
@@ -58,6 +59,7 @@ class SelfAttention(Attention):
         self.o_proj = Linear(q, dim, bias=config.out_bias, dtype=dtype)
         self.q_norm = _norm_of(config, config.heads, dtype)
         self.k_norm = _norm_of(config, config.kv_heads, dtype)
+        self.gate = DistanceGate(config.heads, config.head_dim, dtype=dtype) if config.gated else None
         self.grid_bias = None
         if config.grid is not None and not config.grid.shared:
             self.grid_bias = GridBias(config.grid, config.heads, dtype=dtype)
@@ -75,7 +77,10 @@ class SelfAttention(Attention):
         """`residual + o(attention(norm(x)))`, norm and residual where given; `relative`
         `[heads, 2 * reach + 1]`: what distances add to the scores; `bias` `[heads, queries, keys]`: what
         every pair adds."""
-        c = self.config
+        c, gate = self.config, None
+        if self.gate is not None:
+            x, norm = (x if norm is None else norm(x)), None
+            gate = self.gate(x)
         qkv = self.qkv_proj(x, norm=norm)  # [tokens, (heads + 2 kv_heads) * head_dim]
         if c.clip is not None:
             qkv = qkv.clamp(-c.clip, c.clip)
@@ -88,7 +93,9 @@ class SelfAttention(Attention):
             pages = None if batch.kv.fresh else pages
         if self._scoring.slopes is not None and self._scoring.slopes.device != q.device:
             self._scoring = replace(self._scoring, slopes=self._scoring.slopes.to(q.device))
-        scoring = self.scoring if relative is None else replace(self.scoring, relative=relative)
+        scoring = self.scoring
+        if relative is not None:
+            scoring = replace(scoring, relative=relative, gate=gate)
         if c.grid is not None:
             scoring = replace(scoring, bias=bias if self.grid_bias is None else self.grid_bias(batch))
         out = attention(q, k, v, batch.starts, batch.longest, scoring, pages, self.only)

@@ -111,6 +111,24 @@ class RelativeBias(nn.Module):
         return f"{list(self.weight.shape)}, reach={self.config.reach}, both={self.config.both}"
 
 
+class DistanceGate(nn.Module):
+    """How much of the bias of distances each query takes, by head: `a * (b * constant - 1) + 2`, where a and
+    b are sigmoids of sums of four products with the head's features (WavLM; Chen et al. 2021)."""
+
+    def __init__(self, heads: int, head_dim: int, *, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8, head_dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(8, dtype=dtype))
+        self.constant = nn.Parameter(torch.empty(1, heads, 1, 1, dtype=dtype))
+        self.initial = {"constant": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[tokens, heads * head_dim] -> [tokens, heads]`"""
+        heads = x.unflatten(-1, (self.constant.shape[1], -1))
+        a, b = F.linear(heads, self.weight, self.bias).unflatten(-1, (2, 4)).sum(-1).sigmoid().unbind(-1)
+        return a * (b * self.constant.view(-1) - 1.0) + 2.0
+
+
 class GridBias(nn.Module):
     """What the distance between two patches of a picture adds to each head's score: `weight`
     `[distances + 3, heads]`, those down and across in order, then of a patch from the first token, of the

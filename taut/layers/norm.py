@@ -58,6 +58,7 @@ class LayerScale(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+        self.initial = {"weight": config.initial}
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight

@@ -55,7 +55,7 @@ class Vision(Stack):
         way back. `hidden_patches` `[pictures, patches]`: which are left out, for the learned token.
         `interpolate`: whether positions are fitted to pictures of another size than the config's. Raises
         `RequestError` for pixels that don't fit it."""
-        patches, grid = self.config.patches, self._grid_of(pixels, interpolate)
+        grid = self._grid_of(pixels, interpolate)
         x = self.patch_embeddings(pixels.to(self.patch_embeddings.weight.dtype), grid)  # [pictures, n, dim]
         if hidden_patches is not None:
             x = torch.where(self._hidden(hidden_patches, x), self.hidden_token.flatten(), x)
@@ -72,7 +72,7 @@ class Vision(Stack):
             positions=torch.arange(tokens, dtype=torch.int32, device=x.device).repeat(pictures),
             starts=torch.arange(pictures + 1, dtype=torch.int32, device=x.device) * tokens,
             longest=tokens if pictures else 0,
-            grid=grid if patches.prefix else None,
+            grid=grid,
         )
         return batch, Padding(None, pictures, tokens)
 
@@ -91,8 +91,8 @@ class Vision(Stack):
                 f"{patches.image[0]} x {patches.image[1]}; resize them, or pass "
                 "interpolate_pos_encoding=True"
             )
-        grid = size[0] // patches.size[0], size[1] // patches.size[1]
-        if not all(grid):
+        grid = patches.grid_of(*size)
+        if min(grid) < 1:
             raise RequestError(
                 f"pictures of {size[0]} x {size[1]} pixels are smaller than a patch of "
                 f"{patches.size[0]} x {patches.size[1]}"
@@ -130,10 +130,13 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim, config.channels, *config.size, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, dtype=dtype)) if config.bias else None
+        self.stride = config.stride
 
     def forward(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`[pictures, channels, height, width]` -> `[pictures, patches, dim]`, row by row of the grid. The
-        patches don't overlap: a product, and what is left over at the edges isn't seen."""
+        """`[pictures, channels, height, width]` -> `[pictures, patches, dim]`, row by row of the grid. Where
+        patches don't overlap it is a product, and what is left over at the edges isn't seen."""
+        if self.stride is not None:
+            return F.conv2d(pixels, self.weight, self.bias, self.stride).flatten(2).mT
         (rows, columns), (height, width) = grid, self.weight.shape[2:]
         own = pixels[..., : rows * height, : columns * width].unflatten(3, (columns, width))
         own = own.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)  # [.., rows, columns, c, h, w]
@@ -165,7 +168,11 @@ class PicturePooler(nn.Module):
 def pool_picture(hidden: Tensor, how: str, prefix: int) -> Tensor:
     """One vector of each picture, `[pictures, tokens, dim] -> [pictures, dim]`: that of the "first" token,
     the mean of the "patches" behind `prefix` others, or both beside one another ("first, patches")."""
-    parts = {"first": lambda: hidden[:, 0], "patches": lambda: hidden[:, prefix:].mean(1)}
+    parts = {
+        "first": lambda: hidden[:, 0],
+        "prefix": lambda: hidden[:, :prefix].mean(1),
+        "patches": lambda: hidden[:, prefix:].mean(1),
+    }
     return torch.cat([parts[part]() for part in how.split(", ")], -1)
 
 

@@ -29,7 +29,7 @@ from taut.kernels.dispatch import compiled_refuses
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
-from taut.layers.norm import HeadNorm, LayerScale, Norm
+from taut.layers.norm import HeadNorm, Norm
 from taut.layers.siblings import rejoin, separate
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
@@ -376,20 +376,21 @@ class PreTrainedModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self: Self, std: float = 0.02, only: Collection[str] | None = None) -> Self:
-        """Fill in place: matrices from N(0, std), norms with the identity, biases with zero. `only`: names of
-        the parameters to fill; default: all."""
+        """Fill in place: matrices from N(0, std), norms with the identity, biases with zero, and what a
+        module has in `initial` with that number. `only`: names of the parameters to fill; default: all."""
         for name, param in self.named_parameters():
             if only is not None and name not in only:
                 continue
             module = self.get_submodule(name.rpartition(".")[0])
-            if name.endswith("bias"):
+            constants = getattr(module, "initial", {})
+            if (own := name.rpartition(".")[2]) in constants:
+                nn.init.constant_(param, constants[own])
+            elif name.endswith("bias"):
                 nn.init.zeros_(param)
             elif isinstance(module, PositionEmbedding) and module.config.sinusoidal:
                 module.compute()
             elif isinstance(module, Norm | HeadNorm):
                 nn.init.constant_(param, 1.0 - module.config.offset)
-            elif isinstance(module, LayerScale):
-                nn.init.constant_(param, module.config.initial)
             else:
                 nn.init.normal_(param, std=std)
         return self

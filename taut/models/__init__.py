@@ -25,6 +25,8 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "ForConditionalGeneration": "encoder-decoder",
         "MTModel": "encoder-decoder",
         "ForImageClassification": "image encoder",
+        "ForAudioClassification": "spectrogram encoder",
+        "ForCTC": "speech encoder",
         "TextModel": "text tower",
         "VisionModel": "image tower",
         "Model": "image-text model",

@@ -95,7 +95,7 @@ def image_encoder(r: Reader, *, layers: Sequence[Layer], patches: Patches, **fie
 def patches(r: Reader, image: int = 224, size: int = 16, **changes: Any) -> Patches:
     """How pictures become tokens; `image` and `size` are the family's defaults, `changes` to `Patches`."""
     found = Patches(_edges(r, "image_size", image), _edges(r, "patch_size", size), r.int("num_channels", 3))
-    if not all(found.grid):
+    if min(found.grid) < 1:
         raise ConfigError(
             f"{r.source}: 'patch_size' is {found.size}, larger than 'image_size', which is {found.image}"
         )

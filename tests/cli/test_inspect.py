@@ -169,6 +169,10 @@ def test_no_weight_is_read(
         ("bert.encoder.layer.3.attention.output.LayerNorm.weight", "norms"),
         ("bert.encoder.layer.3.intermediate.dense.weight", "mlp"),
         ("bert.encoder.layer.3.output.dense.weight", "mlp"),
+        ("wav2vec2.feature_extractor.conv_layers.0.conv.weight", "embedding"),
+        ("wav2vec2.feature_extractor.conv_layers.0.layer_norm.weight", "norms"),
+        ("wav2vec2.encoder.layers.0.feed_forward.intermediate_dense.weight", "mlp"),
+        ("projector.weight", "head"),
     ],
 )
 def test_part_of(name: str, part: str) -> None:
@@ -186,4 +190,38 @@ def test_a_model_of_images_and_texts_shows_both(taut: Callable[..., Result], tmp
     assert re.search(r"images +12 x 12 pixels in patches of 4 x 4: 10 tokens", shown)
     assert re.search(r"^layers +3 x \[2 heads of 4", shown, re.M)
     assert re.search(r"^image layers +2 x \[2 heads of 4", shown, re.M)
+    assert "KV cache" not in shown
+
+
+WAVLM = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+WAVLM |= {"num_conv_pos_embedding_groups": 2, "vocab_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "told", "untold"),
+    [
+        (
+            WAVLM | {"model_type": "wavlm", "architectures": ["WavLMForCTC"]},
+            ["a token for 320 samples, by 7 convolutions", "bias of distances, gated", "vocabulary 32"],
+            [],
+        ),
+        (
+            WAVLM | {"model_type": "wavlm", "architectures": ["WavLMForSequenceClassification"]},
+            ["a token for 320 samples"],
+            ["vocabulary", "tokenizer"],
+        ),
+        (
+            WAVLM | {"model_type": "audio-spectrogram-transformer"},
+            ["spectrograms 128 x 1024 bands and frames in patches of 16 x 16, 10 x 10 apart: 1214 tokens"],
+            ["vocabulary", "tokenizer"],
+        ),
+    ],
+    ids=["ctc", "classifier", "spectrograms"],
+)
+def test_audio_encoders(config, told, untold, taut: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"projector.bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    shown = " ".join(taut("inspect", str(tmp_path)).stdout.split())
+    assert [text for text in told if text not in shown] == [], shown
+    assert [text for text in untold if text in shown] == [], shown
     assert "KV cache" not in shown

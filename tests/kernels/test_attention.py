@@ -55,7 +55,8 @@ def defined(q, k, v, s: Scoring):
                 if s.slopes is not None:
                     score = score + s.slopes[h] * (j - at)
                 if s.relative is not None:
-                    score = score + s.relative[h, min(max(j - at, -6), 6) + 6]
+                    gate = 1 if s.gate is None else s.gate[i, h]
+                    score = score + s.relative[h, min(max(j - at, -6), 6) + 6] * gate
                 scores.append(score)
                 values.append(v[j, h // group])
             if s.sinks is not None:
@@ -100,6 +101,28 @@ def test_own_keys_forward_and_backward(name, scoring, kv_heads):
     weight = torch.randn_like(want)
     got = torch.autograd.grad((out * weight).sum(), inputs)
     expected = torch.autograd.grad((want * weight).sum(), inputs)
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("counts", [ROWS, (4, 4, 4), (4, 4, 9)], ids=["uneven", "even", "runs"])
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_each_query_takes_its_own_share_of_a_bias_of_distances(name, counts):
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((sum(counts), 6, 8), (sum(counts), 2, 8), (sum(counts), 2, 8), (sum(counts), 6))
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    q, k, v, gate = inputs = [t.requires_grad_() for t in drawn]
+    scoring = Scoring(0.3, causal=False, relative=TABLE, gate=gate)
+    out = attention(q, k, v, bounds(counts), max(counts), scoring, only=(name,))
+    want = torch.cat(
+        [
+            defined(q[a:b], k[a:b], v[a:b], replace(scoring, gate=gate[a:b]))
+            for a, b in itertools.pairwise(bounds(counts).tolist())
+        ]
+    )
+    assert (out - want).abs().max() < 1e-10
+    weight = torch.randn_like(want)
+    got, expected = (torch.autograd.grad((made * weight).sum(), inputs) for made in (out, want))
     for one, other in zip(got, expected, strict=True):
         assert (one - other).abs().max() < 1e-9
 
