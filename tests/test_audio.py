@@ -7,6 +7,8 @@ give: transformers' own batches let padding into the norm of the first convoluti
 from __future__ import annotations
 
 import json
+import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -304,6 +306,60 @@ def test_older_files_name_the_position_convolution_otherwise(head, tmp_path):
     model = getattr(taut, head).from_pretrained(tmp_path)
     assert not model.load_report.fresh
     assert all(torch.equal(value, want[name]) for name, value in fields(model(clip)).items())
+
+
+@torch.no_grad()
+def test_files_decide_whether_there_is_a_token_for_frames_left_out(tmp_path):
+    """The config speaks of training: files of wav2vec2-base-960h have no such token, and it asks for one."""
+    given = padded(clips(*LENGTHS))
+    for name in ("wav2vec2", "wav2vec2-large"):
+        case, folder = BY_NAME[name], tmp_path / name
+        tensors = load_file(checkpoint(case, CTC) / "model.safetensors")
+        had = tensors.pop("wav2vec2.masked_spec_embed", None) is not None
+        if not had:
+            tensors["wav2vec2.masked_spec_embed"] = torch.ones(SPEECH["hidden_size"])
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text((checkpoint(case, CTC) / "config.json").read_text())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = taut.AutoModelForCTC.from_pretrained(folder)
+        assert torch.equal(model(**given).logits, load(case, CTC)(**given).logits)
+        assert (model.model.hidden_token is None) == had
+        model.save_pretrained(folder / "again")
+        assert load_file(folder / "again" / "model.safetensors").keys() == tensors.keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["AutoModel", CTC])
+def test_files_of_pre_training(head, tmp_path):
+    config = transformers.Wav2Vec2Config(**SPEECH, codevector_dim=8, proj_codevector_dim=8)
+    theirs = transformers.Wav2Vec2ForPreTraining(config).eval()
+    theirs.save_pretrained(tmp_path)
+    new = pytest.warns(UserWarning, match="lm_head") if head == CTC else nullcontext()
+    with new:
+        model = getattr(taut, head).from_pretrained(tmp_path)
+    clip = clips(200)[0][None]
+    want = theirs.wav2vec2(clip, output_hidden_states=True).hidden_states
+    for got, expected in zip(model(clip, output_hidden_states=True).hidden_states, want, strict=True):
+        close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-large"])
+@torch.no_grad()
+def test_a_batch_equals_the_oracles_where_no_padding_reaches_its_norms(name):
+    """Without a mask padding is sound, in both; with one, transformers' batch is right where frames are
+    normed one by one."""
+    case, given = BY_NAME[name], padded(clips(*LENGTHS))
+    model, reference = load(case, CTC), oracle(case, auto=CTC)
+    labels, values = labels_of(CTC), {"input_values": given["input_values"]}
+    masks = [{}] if name == "wav2vec2" else [{}, {"attention_mask": given["attention_mask"]}]
+    for mask in masks:
+        got, want = (m(**values, **mask, labels=labels) for m in (model, reference))
+        close(got.loss, want.loss)
+        for row, length in enumerate(LENGTHS):
+            frames = model.model.feature_extractor.frames(length if mask else LENGTHS[0])
+            close(got.logits[row, :frames], want.logits[row, :frames])
 
 
 @pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-large"])

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import taut
 from taut.errors import RequestError
 from taut.layers.linear import Linear
-from tests import encoders, families, seq2seq, speech_seq2seq
+from tests import audio, encoders, families, images, seq2seq, speech_seq2seq
 from tests.engine.letters import ASCII, letters
 from tests.families import Case, checkpoint, oracle
 from tests.test_families import close, every_device
@@ -31,6 +31,9 @@ MODELS = [
         ("AutoModelForSpeechSeq2Seq", speech_seq2seq.CASES),
         ("AutoModelForCausalLM", families.CASES),
         ("AutoModelForMaskedLM", encoders.CASES),
+        ("AutoModelForImageClassification", images.CASES),
+        ("AutoModelForCTC", [c for c in audio.CASES if c.base is audio.SPEECH]),
+        ("AutoModelForAudioClassification", [c for c in audio.CASES if c.base is audio.SPECTROGRAM]),
     )
     for case in {c.family: c for c in reversed(cases)}.values()
 ]
@@ -43,9 +46,30 @@ def load(case: Case, head: str, **options):
 
 
 def given(head: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    match head:
+        case "AutoModelForImageClassification":
+            return {"pixel_values": torch.randn(3, 3, images.SIZE, images.SIZE, generator=generator)}
+        case "AutoModelForCTC":
+            return {"input_values": torch.randn(3, 200, generator=generator)}
+        case "AutoModelForAudioClassification":
+            return {"input_values": torch.randn(3, audio.FRAMES, audio.BANDS, generator=generator)}
     if "Speech" in head:
         return {"input_features": speech_seq2seq.features(len(IDS)), "decoder_input_ids": IDS}
     return GIVEN | ({"decoder_input_ids": IDS} if "Seq2Seq" in head else {})
+
+
+def labels_of(head: str) -> torch.Tensor:
+    if head.endswith("Classification"):
+        return torch.tensor([1, 0, 1])
+    return IDS.clamp(max=audio.VOCAB - 1) if head.endswith("CTC") else IDS.masked_fill(MASK == 0, -100)
+
+
+def real_of(head: str) -> torch.Tensor:
+    """Which rows of logits are not those of padding."""
+    if "input_ids" not in given(head):
+        return torch.ones(3, dtype=torch.bool)
+    return MASK.bool() | ("Seq2Seq" in head)  # a decoder's rows are all whole
 
 
 def parts(model) -> list[str]:
@@ -57,7 +81,7 @@ def parts(model) -> list[str]:
 def test_reversed_models_have_every_matrix_apart_compute_the_same_and_save_the_same(case, head, tmp_path):
     model = load(case, head)
     fused, before = parts(model), {name: p.clone() for name, p in model.named_parameters()}
-    labels = IDS.masked_fill(MASK == 0, -100)
+    labels = labels_of(head)
     want = model(**given(head), labels=labels)
     model.save_pretrained(tmp_path / "converted")
 
@@ -72,7 +96,7 @@ def test_reversed_models_have_every_matrix_apart_compute_the_same_and_save_the_s
         close(got.logits, want.logits, 1e-5)
         close(got.loss, want.loss, 1e-5)
     got.loss.backward()
-    assert all(p.grad is not None for n, p in copied.named_parameters() if "q_proj" in n)
+    assert all(p.grad is not None for n, p in copied.named_parameters() if "self_attn.q_proj" in n)
     model.reverse_bettertransformer().save_pretrained(tmp_path / "reversed")
 
     assert model.to_bettertransformer().to_bettertransformer() is model and parts(model) == fused
@@ -119,7 +143,7 @@ def test_training_goes_on_across_conversions():
 @every_model
 def test_a_model_of_transformers_lends_its_weights_and_gets_them_back(case, head, tmp_path):
     theirs = oracle(case, auto=head)
-    real = MASK.bool() | ("Seq2Seq" in head)  # a decoder's rows are all whole
+    real = real_of(head)
     want = theirs(**given(head)).logits
     objects, size = dict(theirs.named_parameters()), sum(p.nbytes for p in theirs.parameters())
     ours = taut.to_bettertransformer(theirs)
@@ -127,12 +151,12 @@ def test_a_model_of_transformers_lends_its_weights_and_gets_them_back(case, head
     assert torch.equal(theirs(**given(head)).logits, want) or case.family == "GptOss"
     assert ours.architecture() == type(theirs).__name__ and not ours.training
 
-    # Shared, but for what Taut holds in another order: q, k and v head by head, gate and up in turns.
+    # Shared, but for what Taut holds otherwise: q, k and v head by head, gate and up in turns, q apart.
     blocks = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
         for p in (*ours.parameters(), *theirs.parameters())
     }
-    shared = case.family not in ("Bloom", "CodeGen", "GPTNeoX", "GptOss")
+    shared = case.family not in ("Bloom", "CodeGen", "GPTNeoX", "GptOss", "Siglip")
     assert (sum(blocks.values()) <= size * 1.01) == shared
     with torch.no_grad():
         for param in ours.parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,10 +46,11 @@ def to_bettertransformer(model: Any) -> PreTrainedModel:
     chosen = known[name][1].of(config, name)
     held = {key: _Held(key, tensor) for key, tensor in model.state_dict(keep_vars=True).items()}
     config, held = chosen.adapt(config, held)
-    if not any(".pooler." in f".{key}" for key in held):
-        config = replace(config, heads=replace(config.heads, pooler=None))
     with torch.device("meta"):
         ours = chosen(config, dtype=model.dtype)
+        if _has_pooler(name for name, _ in ours.named_parameters()) and not _has_pooler(held):
+            config = replace(config, heads=replace(config.heads, pooler=None))
+            ours = chosen(config, dtype=model.dtype)
     rules, held = _matched(ours, held)
     _adopt(ours, {key: lazy.tensor for key, lazy in held.items()}, rules, model.device)
     if ours.generation_config is not None and getattr(model, "generation_config", None) is not None:
@@ -131,6 +132,11 @@ def _check(model: Any) -> None:
     places = sorted({str(tensor.device) for tensor in model.state_dict().values()})
     if len(places) != 1 or places == ["meta"]:
         raise RequestError(f"this {type(model).__name__} lies on {', '.join(places)}; move it to one device")
+
+
+def _has_pooler(names: Iterable[str]) -> bool:
+    """Whether one of these parameters is a pooler's."""
+    return any(".pooler." in f".{name}" for name in names)
 
 
 def _matched(

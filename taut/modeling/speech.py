@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,14 @@ class SpeechModel(PreTrainedModel):
     def adapt(
         cls, config: ModelConfig, tensors: Mapping[str, LazyTensor]
     ) -> tuple[ModelConfig, Mapping[str, LazyTensor]]:
+        """Files have the token for frames that are left out or not, whatever the config says of training."""
+
         def today(name: str) -> str:
             old = next((end for end in _OLDER if name.endswith(end)), None)
             return name if old is None else name.removesuffix(old) + _OLDER[old]
 
+        hidden = any(name.endswith("masked_spec_embed") for name in tensors)
+        config = replace(config, waves=replace(config.waves, hidden=hidden))
         return config, {today(name): tensor for name, tensor in tensors.items()}
 
     def freeze_feature_encoder(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from taut.config import Heads, ModelConfig, Patches, Pooler, Reader
 from taut.errors import ConfigError
-from taut.models.vit import body, image_encoder, layer_norm, pre_norm_layers
+from taut.models.vit import body, image_encoder, layer_norm, module_body, pre_norm_layers
 
 ARCHITECTURE = "ASTForAudioClassification"
 
-RULES = body("audio_spectrogram_transformer", ("cls_token", "distillation_token"))
+_TOKENS = ("cls_token", "distillation_token")
+RULES = body("audio_spectrogram_transformer", _TOKENS)
+MODULES = module_body("audio_spectrogram_transformer", _TOKENS)
 
 
 def read(r: Reader) -> ModelConfig:

@@ -6,27 +6,40 @@ from dataclasses import replace
 
 from taut.config import Grid, Heads, LayerScale, ModelConfig, Pooler, Reader
 from taut.errors import ConfigError
-from taut.models.vit import body, image_encoder, layer_norm, patches, pre_norm_layers
+from taut.models.vit import body, image_encoder, layer_norm, module_body, patches, pre_norm_layers
 from taut.weights import Rename, renames
 
 ARCHITECTURE = "BeitForImageClassification"
 
 IGNORED = ("*.relative_position_index",)  # by which the bias is looked up
 
-RULES = (
+_TABLE = "relative_position_bias_table"
+_OWN = (
     *renames(
         "model.layers.{}",
         {
-            "attention.attention.relative_position_bias.relative_position_bias_table": (
-                "self_attn.grid_bias.weight"
-            ),
             "lambda_1": "post_attention_layernorm.weight",
             "lambda_2": "post_feedforward_layernorm.weight",
         },
     ),
-    Rename("model.encoder.relative_position_bias.relative_position_bias_table", "model.grid_bias.weight"),
     Rename("model.pooler.layernorm", "model.pooler.after"),
+)
+RULES = (
+    *_OWN,
+    Rename(
+        f"model.layers.{{}}.attention.attention.relative_position_bias.{_TABLE}",
+        "model.layers.{}.self_attn.grid_bias.weight",
+    ),
+    Rename(f"model.encoder.relative_position_bias.{_TABLE}", "model.grid_bias.weight"),
     *body("beit"),
+)
+MODULES = (
+    *_OWN,
+    Rename(
+        f"model.layers.{{}}.relative_position_bias.{_TABLE}", "model.layers.{}.self_attn.grid_bias.weight"
+    ),
+    Rename(f"model.shared_position_bias.{_TABLE}", "model.grid_bias.weight"),
+    *module_body("beit"),
 )
 
 

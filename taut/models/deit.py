@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from taut.config import ModelConfig, Reader
-from taut.models.vit import IGNORED, body, vit
-from taut.weights import Rename
+from taut.models.vit import IGNORED, POOLER, body, module_body, vit
 
 ARCHITECTURE = "DeiTForImageClassification"
 CLASSES = ("ForImageClassificationWithTeacher",)
 
-RULES = (
-    Rename("model.pooler.dense", "model.pooler.after.dense"),
-    *body("deit", ("cls_token", "distillation_token")),
-)
+_TOKENS = ("cls_token", "distillation_token")
+RULES = (POOLER, *body("deit", _TOKENS))
+MODULES = (POOLER, *module_body("deit", _TOKENS))
 
 __all__ = ["IGNORED", "read"]
 

@@ -5,29 +5,41 @@ from __future__ import annotations
 from dataclasses import replace
 
 from taut.config import Heads, LayerScale, Mlp, ModelConfig, Pooler, Reader
-from taut.models.vit import body, image_encoder, layer_norm, patches, pre_norm_layers
+from taut.models.vit import body, image_encoder, layer_norm, module_body, patches, pre_norm_layers
 from taut.weights import Fused, Rename, Rule, renames
 
 ARCHITECTURE = "Dinov2ForImageClassification"
 
 
-def rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """Names of its own inside a block; a gated MLP's two first matrices are one."""
-    layer = "model.layers.{}"
-    names = {
+_LAYER = "model.layers.{}"
+# Names of its own inside a block.
+_OWN = renames(
+    _LAYER,
+    {
         "norm1": "input_layernorm",
         "norm2": "pre_feedforward_layernorm",
         "layer_scale1.lambda1": "post_attention_layernorm.weight",
         "layer_scale2.lambda1": "post_feedforward_layernorm.weight",
-    }
+    },
+)
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """A gated MLP's two first matrices are one."""
     if config.layers[0].mlp.gated:
         mlp = (
-            Fused(f"{layer}.mlp.weights_in", ("gate_proj", "up_proj")),
-            Rename(f"{layer}.mlp.weights_out", f"{layer}.mlp.down_proj"),
+            Fused(f"{_LAYER}.mlp.weights_in", ("gate_proj", "up_proj")),
+            Rename(f"{_LAYER}.mlp.weights_out", f"{_LAYER}.mlp.down_proj"),
         )
     else:
-        mlp = renames(f"{layer}.mlp", {"fc1": "up_proj", "fc2": "down_proj"})
-    return (*renames(layer, names), *mlp, *body("dinov2"))
+        mlp = renames(f"{_LAYER}.mlp", {"fc1": "up_proj", "fc2": "down_proj"})
+    return (*_OWN, *mlp, *body("dinov2"))
+
+
+def modules(config: ModelConfig) -> tuple[Rule, ...]:
+    """Where they are two."""
+    found = module_body("dinov2", gated=config.layers[0].mlp.gated)
+    return (*_OWN, *found, Rename("dinov2.encoder.layer.{}", "dinov2.layers.{}"))
 
 
 def read(r: Reader) -> ModelConfig:

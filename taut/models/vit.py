@@ -29,19 +29,11 @@ IGNORED = ("*embeddings.mask_token",)  # of pre-training
 
 
 def body(prefix: str, tokens: Sequence[str] = ("cls_token",)) -> tuple[Rule, ...]:
-    """The names of embeddings and blocks, inside `prefix`; `tokens` are those ahead of the patches."""
+    """The names of embeddings and blocks in files, inside `prefix`; `tokens` are those ahead of the
+    patches."""
     return (
-        *renames("model", {f"embeddings.{name}": f"prefix.{index}" for index, name in enumerate(tokens)}),
-        *renames(
-            "model",
-            {
-                "embeddings.mask_token": "hidden_token",
-                "embeddings.position_embeddings": "positions",
-                "embeddings.patch_embeddings.projection": "patch_embeddings",
-                "layernorm": "norm",
-                "encoder.layer.{}": "layers.{}",
-            },
-        ),
+        *_around(tokens),
+        Rename("model.encoder.layer.{}", "model.layers.{}"),
         *renames(
             "model.encoder.layer.{}",
             {
@@ -59,7 +51,38 @@ def body(prefix: str, tokens: Sequence[str] = ("cls_token",)) -> tuple[Rule, ...
     )
 
 
-RULES = (Rename("model.pooler.dense", "model.pooler.after.dense"), *body("vit"))
+def module_body(
+    prefix: str, tokens: Sequence[str] = ("cls_token",), *, gated: bool = False
+) -> tuple[Rule, ...]:
+    """Those of transformers' modules; a `gated` MLP's are Taut's too."""
+    names = {
+        "attention": "self_attn",
+        "layernorm_before": "input_layernorm",
+        "layernorm_after": "pre_feedforward_layernorm",
+    }
+    mlp = {} if gated else {"mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"}
+    return (*_around(tokens), *renames("model.layers.{}", names | mlp), Rename(prefix, "model"))
+
+
+def _around(tokens: Sequence[str]) -> tuple[Rule, ...]:
+    """What is around the blocks."""
+    return (
+        *renames("model", {f"embeddings.{name}": f"prefix.{index}" for index, name in enumerate(tokens)}),
+        *renames(
+            "model",
+            {
+                "embeddings.mask_token": "hidden_token",
+                "embeddings.position_embeddings": "positions",
+                "embeddings.patch_embeddings.projection": "patch_embeddings",
+                "layernorm": "norm",
+            },
+        ),
+    )
+
+
+POOLER = Rename("model.pooler.dense", "model.pooler.after.dense")
+RULES = (POOLER, *body("vit"))
+MODULES = (POOLER, *module_body("vit"))
 
 
 def read(r: Reader) -> ModelConfig:

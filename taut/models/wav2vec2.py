@@ -89,6 +89,10 @@ def speech_encoder(r: Reader, made: Waves, *, reduction: str = "sum", **attn: An
     r.ignore("proj_codevector_dim", "diversity_loss_weight", "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
     r.ignore("xvector_output_dim", "num_ctc_classes")
     r.ignore("num_feat_extract_layers", "gradient_checkpointing")
+    # What the first files say of it besides.
+    r.ignore("freeze_feat_extract_train", "replace_prob", "no_mask_channel_overlap", "no_mask_time_overlap")
+    r.ignore(*(f"mask_channel_{name}" for name in ("length", "min_space", "other", "prob", "selection")))
+    r.ignore("mask_time_min_space", "mask_time_other", "mask_time_selection")
     norm = Norm(r.float("layer_norm_eps", 1e-5), kind="layer", bias=True)
     before = r.bool("do_stable_layer_norm", False)
     layers = pre_norm_layers(r, norm, **attn)
