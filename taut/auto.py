@@ -7,11 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from taut.checkpoint import open_checkpoint
-from taut.checkpoint.base import read_json
 from taut.config import ModelConfig
 from taut.errors import ConfigError, nearest
-from taut.hub import config_file
 from taut.modeling import (
     CausalLM,
     ContrastiveModel,
@@ -31,6 +28,7 @@ from taut.modeling import (
 )
 from taut.modeling.base import PreTrainedModel
 from taut.modeling.causal import CAUSAL
+from taut.modeling.configs import config_at
 from taut.modeling.contrast import TextProjection
 from taut.modeling.image import ImageProjection, TaughtImageClassifier
 from taut.modeling.spectrogram import SpectrogramClassifier, SpectrogramEncoder
@@ -63,29 +61,22 @@ class AutoConfig:
         Raises `CheckpointError` where there is none, and `ConfigError` for what Taut does not know or accept;
         no code of a repository is run, whatever `trust_remote_code` says.
         """
-        path = config_file(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            gguf_file=gguf_file,
-        )
-        data = read_json(path) if path.suffix == ".json" else open_checkpoint(path).config
-        return _read({**data, **changes}, changes, str(path))
+        where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        where |= {"local_files_only": local_files_only, "gguf_file": gguf_file}
+        return _checked(config_at(name, changes, **where), changes, str(name))
 
     @staticmethod
     def for_model(model_type: str, **values: Any) -> ModelConfig:
         """The config of a family, with these values and its defaults for others."""
-        return _read({"model_type": model_type, **values}, values, model_type)
+        return _checked(read_config({"model_type": model_type, **values}, model_type), values, model_type)
 
 
-def _read(data: dict[str, Any], given: Mapping[str, Any], source: str) -> ModelConfig:
+def _checked(config: ModelConfig, given: Mapping[str, Any], source: str) -> ModelConfig:
     """The config, where it has read all that was `given` by hand."""
-    config = read_config(data, source)
     for name in given:
         if name in config.unused:
-            raise ConfigError(f"{source}: a {config.model_type!r} has no {name!r}{nearest(name, data)}")
+            others = [key for key in config.source if key not in given]
+            raise ConfigError(f"{source}: a {config.model_type!r} has no {name!r}{nearest(name, others)}")
     return config
 
 

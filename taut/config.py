@@ -195,6 +195,11 @@ class Waves:
     hidden: bool
     features_given: bool = True
 
+    @property
+    def step(self) -> int:
+        """Samples from the beginning of one frame to that of the next."""
+        return math.prod(self.strides)
+
 
 @dataclass(frozen=True)
 class Ctc:
@@ -463,6 +468,13 @@ class ModelConfig:
     def encoder(self) -> ModelConfig | None:
         """What a decoder's cross-attention attends to."""
         return None if self.pairing is None else self.pairing.encoder
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples that a frame of a speech encoder is behind the one before it."""
+        if self.waves is None:
+            raise AttributeError  # `__getattr__` says the rest
+        return self.waves.step
 
     @property
     def id2label(self) -> dict[int, str]:

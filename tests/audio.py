@@ -6,7 +6,13 @@ Adding a family adds entries here; every property in `test_audio.py` is then tes
 
 from __future__ import annotations
 
-from tests.families import Case
+import json
+import shutil
+from pathlib import Path
+
+import transformers
+
+from tests.families import Case, checkpoint
 
 VOCAB = 30
 FRAMES, BANDS = 44, 26
@@ -58,3 +64,19 @@ CASES = [
         "ast-side-by-side", "AST", {"frequency_stride": 6, "time_stride": 6, "qkv_bias": False}, SPECTROGRAM
     ),
 ]
+
+# The vocabulary of tiny CTC models.
+LETTERS = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+LETTERS |= {letter: 4 + index for index, letter in enumerate("|ABCDEFGHIJKLMNOPQRSTUVWXY")}
+
+
+def with_processor(case: Case, head: str, folder: Path) -> None:
+    """A checkpoint in a folder with its processor, as transformers writes it."""
+    shutil.copytree(checkpoint(case, head), folder)
+    if case.base is SPECTROGRAM:
+        transformers.ASTFeatureExtractor(max_length=FRAMES, num_mel_bins=BANDS).save_pretrained(folder)
+        return
+    (folder / "vocab.json").write_text(json.dumps(LETTERS))
+    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    extractor = transformers.Wav2Vec2FeatureExtractor()
+    transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)

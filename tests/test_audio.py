@@ -21,7 +21,7 @@ import taut
 from taut import weights
 from taut.errors import ConfigError, RequestError
 from taut.models import families, family, kind
-from tests.audio import BANDS, CASES, FRAMES, SPEECH, VOCAB
+from tests.audio import BANDS, CASES, FRAMES, SPEECH, VOCAB, with_processor
 from tests.families import Case, checkpoint, oracle
 from tests.test_encoders import fields
 from tests.test_families import close, every_device
@@ -123,6 +123,8 @@ def test_padding_is_empty_and_read_as_nothing(case):
     scores = load(case, CTC)(**given).logits
     blank = load(case, CTC).config.pad_token_id
     assert hidden.shape[1] == scores.shape[1] == frames(LENGTHS[0])
+    ratio = oracle(case, auto="AutoModel").config.inputs_to_logits_ratio
+    assert load(case).config.inputs_to_logits_ratio == ratio == 12
     for row, length in enumerate(LENGTHS):
         assert not hidden[row, frames(length) :].any()
         assert (scores[row, frames(length) :].argmax(-1) == blank).all()
@@ -345,6 +347,31 @@ def test_files_of_pre_training(head, tmp_path):
         close(got, expected)
 
 
+def test_the_usual_program_tunes_an_encoder_for_other_characters(tmp_path):
+    given, labels = padded(clips(*LENGTHS)), labels_of(CTC)
+    with pytest.warns(UserWarning, match="lm_head"):
+        model = taut.AutoModelForCTC.from_pretrained(
+            checkpoint(BY_NAME["wav2vec2"], "AutoModel"),
+            ctc_loss_reduction="mean",
+            pad_token_id=VOCAB + 1,
+            vocab_size=VOCAB + 2,
+            attention_dropout=0.1,
+            mask_time_prob=0.05,
+        )
+    model.freeze_feature_encoder()
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3), []
+    for _ in range(4):
+        losses.append(model(**given, labels=labels).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCTC.from_pretrained(tmp_path)
+    clip, said = clips(214)[0][None], torch.tensor([[1, 2, VOCAB]])
+    close(model(clip, labels=said).loss.detach(), theirs(clip, labels=said).loss.detach())
+
+
 @pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-large"])
 @torch.no_grad()
 def test_a_batch_equals_the_oracles_where_no_padding_reaches_its_norms(name):
@@ -399,21 +426,16 @@ def test_from_files_of_sound_to_labels(extractor, suffix, tmp_path):
 @torch.no_grad()
 def test_from_a_file_of_speech_to_its_text(tmp_path):
     case = BY_NAME["wav2vec2"]
-    letters = {letter: 4 + index for index, letter in enumerate("|ABCDEFGHIJKLMNOPQRSTUVWXY")}
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | letters
-    assert len(vocab) == VOCAB
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    tokenizer = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
-    theirs = transformers.Wav2Vec2Processor(transformers.Wav2Vec2FeatureExtractor(), tokenizer)
-    theirs.save_pretrained(tmp_path)
-    load(case, CTC).save_pretrained(tmp_path)
+    folder = tmp_path / "model"
+    with_processor(case, CTC, folder)
+    theirs = transformers.AutoProcessor.from_pretrained(folder)
     tones = np.sin(np.arange(4000) ** 1.4 / 90) * 0.5
     for name, wave in (("long.flac", tones), ("short.wav", tones[:1500])):
         soundfile.write(tmp_path / name, wave, 16000)
     paths = [str(tmp_path / name) for name in ("long.flac", "short.wav")]
-    processor = taut.AutoProcessor.from_pretrained(tmp_path)
+    processor = taut.AutoProcessor.from_pretrained(folder)
     given = processor(paths, padding=True, return_tensors="pt")
-    texts = processor.batch_decode(taut.AutoModelForCTC.from_pretrained(tmp_path)(**given).logits.argmax(-1))
+    texts = processor.batch_decode(taut.AutoModelForCTC.from_pretrained(folder)(**given).logits.argmax(-1))
     reference = oracle(case, auto=CTC)
     for path, text in zip(paths, texts, strict=True):
         wave, rate = soundfile.read(path, dtype="float32")

@@ -128,6 +128,30 @@ def test_the_examples_of_speech_run(tmp_path: Path) -> None:
     assert done.stdout.endswith("2 texts\n") and " to " in done.stdout
 
 
+def test_the_examples_of_audio_run(tmp_path: Path) -> None:
+    import soundfile
+
+    from tests import audio
+    from tests.processor.media import sound
+
+    cases = {case.name: case for case in audio.CASES}
+    audio.with_processor(cases["wav2vec2"], "AutoModelForCTC", tmp_path / "wav2vec2")
+    audio.with_processor(cases["ast"], "AutoModelForAudioClassification", tmp_path / "ast")
+    for name, samples in (("speech", 3000), ("longer", 8000)):
+        soundfile.write(tmp_path / f"{name}.wav", sound(samples), 16000)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code(ROOT / "docs" / "audio.md"))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *words, last = done.stdout.splitlines()
+    assert first == "2 texts" and words and last.count("'") == 4, done.stdout
+
+
 def test_the_tasks_of_the_document_are_those_there_are() -> None:
     from taut.pipelines.tasks import ALIASES, TASKS
 
@@ -137,7 +161,7 @@ def test_the_tasks_of_the_document_are_those_there_are() -> None:
 
 
 def test_the_readme_names_every_family() -> None:
-    kinds = "Decoders|Encoders|Encoder-decoders|Image models|Audio encoders|.Speech to text..docs/speech.md."
+    kinds = r"Decoders|Encoders|Encoder-decoders|Image models|\[(?:Audio encoders|Speech to text)\]\(\S+\)"
     rows = re.findall(rf"^\| (?:{kinds}) \| ([\w, -]+);", (ROOT / "README.md").read_text(), re.M)
     assert sorted(name for row in rows for name in row.split(", ")) == families()
 

@@ -39,7 +39,10 @@ IDS = torch.tensor([[5, 9, 17, 3, 88, 41, 7]])
         ({"device": "xpu"}, RequestError, "device is 'xpu'; known: auto, cpu, cuda"),
         ({"device_map": {"": "cpu", "lm_head": 0}}, RequestError, "one device holds it all"),
         ({"attn_implementation": "egaer"}, RequestError, "'egaer'; known: auto, .*; nearest: eager"),
-        ({"torch_dtyp": "auto"}, RequestError, "no option 'torch_dtyp'; nearest: torch_dtype"),
+        ({"torch_dtyp": "auto"}, RequestError, "no option 'torch_dtyp', .*; nearest: torch_dtype"),
+        ({"rope_tetha": 5.0}, RequestError, "nor the config such a key"),
+        ({"rms_norm_eps": 0.5, "config": {}}, RequestError, "changes to one: rms_norm_eps; change the"),
+        ({"hidden_act": "relu6"}, ConfigError, "'hidden_act' is 'relu6'; known"),
         ({"max_memory": {0: "1GB"}}, RequestError, "is not in this release"),
     ],
     ids=str,
@@ -57,6 +60,8 @@ def test_a_config_is_read_without_weights_and_given_to_a_model(folder, tmp_path)
     changed = taut.AutoConfig.from_pretrained(folder, rms_norm_eps=0.5, trust_remote_code=True)
     given = AutoModelForCausalLM.from_pretrained(folder, config=changed)
     assert given.model.norm.config.eps == 0.5 and given.config.source["rms_norm_eps"] == 0.5
+    same = AutoModelForCausalLM.from_pretrained(folder, rms_norm_eps=0.5, use_cache=True, max_memory=None)
+    assert same.config == changed and torch.equal(same(IDS).logits, given(IDS).logits)
     import transformers
 
     theirs = transformers.AutoConfig.from_pretrained(folder, rms_norm_eps=0.5)

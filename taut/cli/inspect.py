@@ -221,7 +221,7 @@ def _image(config: ModelConfig) -> dict[str, Any] | None:
 def _sound(config: ModelConfig) -> dict[str, Any] | None:
     """How a model makes tokens of waveforms; None for one that takes none."""
     waves = config.waves
-    return None if waves is None else {"samples_per_token": prod(waves.strides), "kernels": waves.kernels}
+    return None if waves is None else {"samples_per_token": waves.step, "kernels": waves.kernels}
 
 
 def _learned_positions(config: ModelConfig) -> int | None:

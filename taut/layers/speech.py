@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +113,7 @@ class WaveConvolutions(nn.Module):
     def _together(self, clips: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         """The frames of some clips. They are laid end to end, each at a multiple of all strides: then a frame
         that has samples of one clip alone is that clip's, and the others are dropped."""
-        step = prod(self.config.strides)
+        step = self.config.step
         begins = [0, *accumulate(-(-len(clip) // step) * step for clip in clips)]
         room = [end - begin for begin, end in pairwise(begins)]
         laid = [F.pad(clip, (0, size - len(clip))) for clip, size in zip(clips, room, strict=True)]

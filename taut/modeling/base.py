@@ -31,6 +31,7 @@ from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
 from taut.layers.norm import HeadNorm, Norm
 from taut.layers.siblings import rejoin, separate
+from taut.modeling.configs import config_at
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
 from taut.models import family, layouts, read_config, stem
@@ -230,14 +231,15 @@ class PreTrainedModel(nn.Module):
         problem_type: str | None = None,
         ignore_mismatched_sizes: bool = False,
         add_pooling_layer: bool = True,
-        **unknown: Any,
+        **changes: Any,
     ) -> Self:
         """Load a folder, a `.gguf` file or a Hub id.
 
         `config`, from `AutoConfig.from_pretrained` (or a dict, or transformers' own), takes the place of the
-        checkpoint's. `dtype` (`torch_dtype` is its older name): "auto" takes the checkpoint's own; for 4- and
-        8-bit GGUF files bfloat16 where the device computes in it, and on such a CPU their linear layers then
-        stay packed (any other choice dequantizes them). `device_map` (or `device`):
+        checkpoint's; `changes` are to keys of its `config.json` alone. `dtype` (`torch_dtype` is its older
+        name): "auto" takes the checkpoint's own; for 4- and 8-bit GGUF files bfloat16 where the device
+        computes in it, and on such a CPU their linear layers then stay packed (any other choice dequantizes
+        them). `device_map` (or `device`):
         "auto" (the first GPU, otherwise the CPU), a device, or `{"": device}`; default CPU.
         `attn_implementation`, `strict`: see `set_attn_implementation`; `use_flash_attention_2=True` is the
         older way to ask for "flash_attention_2". `load_in_4bit`, `load_in_8bit` and `quantization_config` (a
@@ -251,7 +253,8 @@ class PreTrainedModel(nn.Module):
         Raises `CheckpointError` (files), `ConfigError` (config.json) or `WeightsError` (tensors that don't
         fit the config); nothing half-loaded remains.
         """
-        _reject(unknown)
+        _reject(changes)
+        changes = {name: value for name, value in changes.items() if name not in (*_OURS, *_LATER)}
         wanted = asked(load_in_4bit, load_in_8bit, quantization_config)
         if use_flash_attention_2:
             if attn_implementation not in (None, "flash_attention_2"):
@@ -260,14 +263,11 @@ class PreTrainedModel(nn.Module):
                     "things; leave one out"
                 )
             attn_implementation = "flash_attention_2"
-        path = resolve(
-            str(name),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            gguf_file=gguf_file,
-        )
+        where = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        where |= {"local_files_only": local_files_only, "gguf_file": gguf_file}
+        if changes:
+            config = _changed(str(name), config, changes, where)
+        path = resolve(str(name), **where)
         checkpoint = unpacked(open_checkpoint(path))
         if config is None:
             config = read_config(checkpoint.config, f"{path}: config")
@@ -514,18 +514,29 @@ _LATER = {
 }
 
 
-def _reject(unknown: dict[str, Any]) -> None:
-    for name, value in unknown.items():
-        if name in ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "use_cache"):
-            continue  # already how Taut loads, or nothing it would ever do
-        if name in _LATER:
-            if value not in (None, False):
-                raise RequestError(f"{name}={value!r}: {_LATER[name]} is not in this release; leave it out")
-            continue
-        known = [p for p in PreTrainedModel.from_pretrained.__kwdefaults__ if p != "unknown"]
-        raise RequestError(
-            f"from_pretrained has no option {name!r}{nearest(name, known)}; known: {', '.join(known)}"
-        )
+# Already how Taut loads, or nothing it would ever do.
+_OURS = ("low_cpu_mem_usage", "use_safetensors", "trust_remote_code", "use_cache")
+
+
+def _reject(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name in _LATER and value not in (None, False):
+            raise RequestError(f"{name}={value!r}: {_LATER[name]} is not in this release; leave it out")
+
+
+def _changed(name: str, config: Any, changes: Mapping[str, Any], where: Mapping[str, Any]) -> ModelConfig:
+    """The config of a checkpoint with changes to its keys, all of which it has to read."""
+    if config is not None:
+        raise RequestError(f"config is given, and changes to one: {', '.join(changes)}; change the config")
+    found, known = config_at(name, changes, **where), PreTrainedModel.from_pretrained.__kwdefaults__
+    for option in changes:
+        if option in found.unused:
+            near = nearest(option, [*known, *(key for key in found.source if key not in changes)])
+            raise RequestError(
+                f"from_pretrained has no option {option!r}, nor the config such a key{near}; known: "
+                f"{', '.join(known)}, and what config.json has"
+            )
+    return found
 
 
 @contextmanager
