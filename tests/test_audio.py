@@ -347,6 +347,18 @@ def test_files_of_pre_training(head, tmp_path):
         close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["hubert", "hubert-large"])
+def test_a_clip_with_more_characters_than_frames_counts_nothing_where_the_config_says_so(name):
+    case, given = BY_NAME[name], {"input_values": torch.stack(clips(41, 41))}
+    labels = torch.tensor([[7, 7, 7, 7, 7], [8, -100, -100, -100, -100]])
+    model, reference = load(case, CTC), oracle(case, auto=CTC)
+    assert model.model.feature_extractor.frames(41) < 5
+    losses = [m(**given, labels=labels).loss.detach() for m in (model, reference)]
+    assert losses[0].isfinite() == losses[1].isfinite() == model.config.heads.ctc.zero_infinity
+    if losses[1].isfinite():
+        close(*losses)
+
+
 def test_the_usual_program_tunes_an_encoder_for_other_characters(tmp_path):
     given, labels = padded(clips(*LENGTHS)), labels_of(CTC)
     with pytest.warns(UserWarning, match="lm_head"):
