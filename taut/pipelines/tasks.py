@@ -10,7 +10,9 @@ from types import MappingProxyType
 from taut.auto import (
     AnyImageModel,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -22,8 +24,10 @@ from taut.auto import (
 from taut.config import ModelConfig
 from taut.errors import RequestError, nearest
 from taut.modeling.base import PreTrainedModel
+from taut.pipelines.audio import AudioClassification
 from taut.pipelines.base import Pipeline
 from taut.pipelines.classification import TextClassification, ZeroShotClassification
+from taut.pipelines.ctc import CtcRecognition
 from taut.pipelines.features import FeatureExtraction
 from taut.pipelines.generation import Summarization, Text2TextGeneration, TextGeneration, Translation
 from taut.pipelines.images import ImageClassification, ImageFeatureExtraction
@@ -62,6 +66,13 @@ _ALL = (
         ImageClassification,
         AutoModelForImageClassification,
         ("ForImageClassification", "ForImageClassificationWithTeacher"),
+        (MEDIA,),
+    ),
+    Task(CtcRecognition, AutoModelForCTC, ("ForCTC",), (TEXT, MEDIA)),
+    Task(
+        AudioClassification,
+        AutoModelForAudioClassification,
+        ("ForAudioClassification", "ForSequenceClassification"),
         (MEDIA,),
     ),
     Task(WhisperRecognition, AutoModelForSpeechSeq2Seq, (), (TEXT, MEDIA)),
