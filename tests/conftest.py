@@ -19,5 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Processes of one run share a GPU: none keeps what a test has freed."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def pytest_unconfigure() -> None:
     remove()

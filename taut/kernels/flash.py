@@ -232,9 +232,11 @@ def _forward(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _add_sinks(
-    OUT, LSE, sinks, tokens, o_token, o_head, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Attention as it is with sinks, in place, from what it is without."""
+    OUT, LSE, WITH, sinks, tokens, o_token, o_head,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Attention as it is with sinks, in place, from what it is without. The sums go into another tensor: the
+    warps of a program that share a row each read its sum, and not all before one of them has written."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -244,7 +246,7 @@ def _add_sinks(
     lse = tl.where(lse == float("inf"), float("-inf"), lse)  # a query that has seen nothing
     above = tl.maximum(lse, sink)
     whole = above + tl.log2(tl.exp2(lse - above) + tl.exp2(sink - above))
-    tl.store(LSE + head * tokens + m, whole, mask=inside)
+    tl.store(WITH + head * tokens + m, whole, mask=inside)
     at = OUT + head * o_head + m.to(tl.int64)[:, None] * o_token + d[None, :]
     there = inside[:, None] & (d < DIM)[None, :]
     out = tl.load(at, mask=there, other=0.0).to(tl.float32) * tl.exp2(lse - whole)[:, None]
@@ -630,9 +632,10 @@ def _forward_pass(
             q, k, v, out, lse, starts, key_starts, slopes, scale * LOG2E, causal, window, softcap
         )  # fmt: skip
         if sinks is not None and tokens:
+            without, lse = lse, torch.empty_like(lse)
             _add_sinks[(triton.cdiv(tokens, 64), heads)](
-                out, lse, sinks, tokens, out.stride(0), out.stride(1), DIM=dim, BLOCK_D=block_dim(dim),
-                BLOCK_M=64,
+                out, without, lse, sinks, tokens, out.stride(0), out.stride(1), DIM=dim,
+                BLOCK_D=block_dim(dim), BLOCK_M=64,
             )  # fmt: skip
         return out, lse
     tile = _tile("forward", q)

@@ -151,7 +151,7 @@ def test_guesses_beside_graphs_change_no_token(name):
         assert outputs(engine, asked) == want
         assert engine.pages.free == engine.pages.count and drafts.pages.free == drafts.pages.count
     assert drafts.graphs is not None and drafts.graphs._graphs
-    many = [Request([5, 6, 7, 5, 6, 7, 5, 6], SamplingParams(60)) for _ in range(2)]
+    many = [Request([5, 6, 7, 5, 6, 7, 5, 6], SamplingParams(20)) for _ in range(2)]
     engine = Engine(model, cache_tokens=512)
     many[1].drafter = Lookup(6)  # with the ledger that measures
     engine.run(many)

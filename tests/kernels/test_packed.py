@@ -128,11 +128,12 @@ def test_few_rows_on_a_gpu(rows, dtype):
 
 
 @pytest.mark.gpu
-def test_every_cut_gives_the_same_product():
+def test_cuts_give_the_same_product():
     packed = four_bit("nf4", 64, False, (320, 4096), "cuda")[0]
     x = torch.randn(11, 4096, device="cuda").half()
     want = F.linear(x.double(), packed.dequantize(torch.float64))
-    for cut in itertools.product((2, 4), (1, 2, 4), (1, 2), (1, 2, 4, 8), (1, 2, 5)):
+    cuts = list(itertools.product((2, 4), (1, 2, 4), (1, 2), (1, 2, 4, 8), (1, 2, 5)))
+    for cut in cuts[::5]:  # every value of each, beside most of the others
         got = packed_rows.product(
             x,
             packed.codes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate
 
 import pytest
 import torch
@@ -173,15 +173,21 @@ def test_compiles() -> None:
 
 
 @pytest.mark.gpu
-def test_sweep_on_a_device() -> None:
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_cases_on_a_device(dtype: torch.dtype) -> None:
     for case in CASES.values():
-        for dtype in BOUNDS:
-            if case.heads != 71 or dtype != torch.float32:
-                agree(replace(case, cut=None), dtype, "cuda")
-                agree(case, dtype, "cuda")
+        if case.heads != 71 or dtype != torch.float32:
+            agree(replace(case, cut=None), dtype, "cuda")
+            agree(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page", [16, 64, 256])
+def test_sweep_on_a_device(page: int, dtype: torch.dtype) -> None:
     dims = [(16, 8, 8), (64, 71, 1), (80, 32, 32), (96, 12, 4), (128, 32, 8), (128, 32, 32)]
     dims += [(192, 8, 1), (256, 8, 4)]
-    for (dim, heads, kv_heads), page, dtype in product(dims, (16, 64, 256), (torch.float16, torch.bfloat16)):
+    for dim, heads, kv_heads in dims:
         for queries, lengths in (([1] * 3, [1, 700, 3333]), ([4, 1, 2], [513, 64, 2048])):
             agree(Case(queries, lengths, heads, kv_heads, dim, page, Scoring(dim**-0.5), None), dtype, "cuda")
 
