@@ -33,6 +33,7 @@ from taut.modeling.contrast import TextProjection
 from taut.modeling.image import ImageProjection, TaughtImageClassifier
 from taut.modeling.spectrogram import SpectrogramClassifier, SpectrogramEncoder
 from taut.modeling.speech import CtcModel, SpeechClassifier, SpeechEncoder
+from taut.modeling.speech_seq2seq import SpeechEncoderClassifier
 from taut.models import families, family, kind, read_config, stem
 
 
@@ -216,7 +217,11 @@ class AutoModelForAudioClassification(_Auto):
     """Loads a model that classifies sounds."""
 
     kinds = MappingProxyType(
-        {"spectrogram encoder": SpectrogramClassifier, "speech encoder": SpeechClassifier}
+        {
+            "spectrogram encoder": SpectrogramClassifier,
+            "speech encoder": SpeechClassifier,
+            "speech encoder-decoder": SpeechEncoderClassifier,
+        }
     )
 
 

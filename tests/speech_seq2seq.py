@@ -47,6 +47,16 @@ CASES = [
     Case("whisper-assistant", "Whisper", {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1}, WHISPER),
     Case("whisper-untied", "Whisper", {"tie_word_embeddings": False, "scale_embedding": True}, WHISPER),
 ]
+# With a head that classifies clips.
+CLASSIFIERS = [
+    Case("whisper-labels", "Whisper", {"classifier_proj_size": 20, "num_labels": 3}, WHISPER),
+    Case(
+        "whisper-all-layers",
+        "Whisper",
+        {"use_weighted_layer_sum": True, "encoder_layers": 3, "num_labels": 4},
+        WHISPER,
+    ),
+]
 
 
 def features(clips: int, frames: int = FRAMES, bins: int = BINS, seed: int = 0) -> torch.Tensor:

@@ -16,12 +16,13 @@ from taut.models import families, family, kind
 from tests.families import Case, checkpoint, oracle
 from tests.quant.test_models import config as packing
 from tests.quant.test_models import linears, off
-from tests.speech_seq2seq import BINS, CASES, FRAMES, features
+from tests.speech_seq2seq import BINS, CASES, CLASSIFIERS, FRAMES, features
 from tests.test_encoders import fields
 from tests.test_families import close, every_device, padded, rows
 
-AUTO = "AutoModelForSpeechSeq2Seq"
+AUTO, CLASSIFIER = "AutoModelForSpeechSeq2Seq", "AutoModelForAudioClassification"
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_classifier = pytest.mark.parametrize("case", CLASSIFIERS, ids=str)
 TARGETS = (5, 17, 1)
 
 
@@ -202,6 +203,89 @@ def test_inspect_says_what_the_encoder_hears():
     plan = load(CASES[0]).plan()
     cross = {(c.stack, c.first, c.last) for c in plan.choices if c.op == "attention to a cached source"}
     assert cross == {("decoder", 0, 1)}
+
+
+def classifiers(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """A classifier and its oracle."""
+    path = checkpoint(case, CLASSIFIER)
+    ours = taut.AutoModelForAudioClassification.from_pretrained(path, dtype=dtype, device=device)
+    return ours, oracle(case, dtype, device, auto=CLASSIFIER)
+
+
+@every_device
+@every_classifier
+def test_classifiers_equal_the_oracle(case, device):
+    (model, theirs), heard = classifiers(case, device), features(5).to(device)
+    assert model.config.unused == () and not model.load_report.fresh
+    options = {"labels": torch.tensor([0, 2, 1, 1, 2], device=device), "output_attentions": True}
+    # theirs gives hidden states unasked where it needs them
+    got, want = (fields(made(heard, output_hidden_states=True, **options)) for made in (model, theirs))
+    assert got.keys() == want.keys() and "hidden_states.0" in got
+    for name, value in got.items():
+        close(value.detach().cpu(), want[name].detach().cpu())
+    assert model(heard, **options).hidden_states is None
+    for made in (model, theirs):
+        made(heard, **options).loss.backward()
+    for name in ("projector.weight", "classifier.bias", "encoder.conv1.weight", "layer_weights"):
+        if name == "layer_weights" and model.layer_weights is None:
+            continue
+        ours, wanted = (
+            m.get_parameter(name.replace(*prefix)).grad
+            for m, prefix in ((model, ("encoder.", "model.encoder.")), (theirs, ("", "")))
+        )
+        close(ours.cpu(), wanted.cpu())
+    states = model.get_encoder()(heard, output_hidden_states=True)
+    close(model(encoder_outputs=states).logits.detach(), got["logits"].detach(), 1e-5)
+
+
+@every_classifier
+@torch.no_grad()
+def test_classifiers_round_no_worse_than_twice_the_oracle(case):
+    exact, heard = classifiers(case)[1](features(5)).logits, features(5).bfloat16()
+    errors = [
+        made(heard).logits.float().sub(exact).square().mean()
+        for made in classifiers(case, dtype=torch.bfloat16)
+    ]
+    assert errors[0] ** 0.5 <= 2 * errors[1] ** 0.5
+
+
+@every_classifier
+@torch.no_grad()
+def test_classifiers_save_every_byte_and_transformers_reads_them(case, tmp_path):
+    model = classifiers(case)[0]
+    model.save_pretrained(tmp_path / "once")
+    taut.WhisperForAudioClassification.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+    theirs, info = getattr(transformers, CLASSIFIER).from_pretrained(
+        tmp_path / "once", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    close(model(features(2)).logits, theirs(features(2)).logits)
+    packed = taut.AutoModelForAudioClassification.from_pretrained(
+        tmp_path / "once", quantization_config=packing("nf4-double")
+    )
+    assert packed.is_quantized and packed.projector.packed is packed.classifier.packed is None
+
+
+@torch.no_grad()
+def test_a_classifier_of_a_whole_model_has_a_new_head_and_its_encoder():
+    whole = load(CASES[0])
+    with pytest.warns(UserWarning, match=r"no weights for projector.weight, .* of a WhisperForAudioClass"):
+        model = load(CASES[0], auto=CLASSIFIER, num_labels=7)
+    assert model(features(2)).logits.shape == (2, 7)
+    want = whole.get_encoder()(features(2)).last_hidden_state
+    assert torch.equal(model.get_encoder()(features(2)).last_hidden_state, want)
+    model.freeze_encoder()
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        "projector",
+        "classifier",
+    }
+    with pytest.raises(RequestError, match="exactly one of input_features and encoder_outputs"):
+        model()
+    weighted = classifiers(CLASSIFIERS[1])[0]
+    with pytest.raises(RequestError, match=r"has 0 of 4; ask the encoder .* output_hidden_states=True"):
+        weighted(encoder_outputs=weighted.get_encoder()(features(2)))
 
 
 def test_fewer_frames_are_fewer_tokens_to_attend_to():

@@ -1,11 +1,12 @@
 """Encoder-decoders whose encoder hears sound, with a language-model head and without; and that encoder
-alone."""
+alone, also with a head that classifies clips."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from taut.checkpoint import LazyTensor
@@ -13,8 +14,11 @@ from taut.config import ModelConfig
 from taut.engine.dynamic_cache import DynamicCache
 from taut.engine.generation import GenerationConfig
 from taut.engine.output import GenerateOutput
+from taut.engine.sources import encoder_states
 from taut.engine.transcribe import detect_language, transcribe
 from taut.errors import RequestError
+from taut.layers.linear import Linear
+from taut.modeling.labels import row_loss
 from taut.modeling.output import ModelOutput
 from taut.modeling.seq2seq import EncoderModel, Seq2SeqLM, Seq2SeqModel, tables
 from taut.modeling.text import Encoded, run
@@ -215,6 +219,9 @@ class SpeechSeq2SeqLM(_Hears, Seq2SeqLM):
 class SpeechEncoderModel(_Hears, EncoderModel):
     """The encoder of spectrograms alone: hidden states."""
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.conv1
+
     def forward(
         self,
         input_features: Tensor | None = None,
@@ -228,3 +235,67 @@ class SpeechEncoderModel(_Hears, EncoderModel):
         return super().forward(
             input_features, None, None, output_attentions, output_hidden_states, return_dict
         )
+
+
+class SpeechEncoderClassifier(SpeechEncoderModel):
+    """The encoder of spectrograms with scores of each clip, of the mean of what its tokens are projected
+    to."""
+
+    suffix = "ForAudioClassification"
+    head = ("projector", "classifier", "layer_weights")
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+        super().__init__(config, dtype=dtype)
+        size = config.heads.projection
+        self.layer_weights, self.initial = None, {"layer_weights": 0.0}
+        if config.heads.all_layers:
+            self.layer_weights = nn.Parameter(torch.empty(len(config.encoder.layers) + 1, dtype=dtype))
+        self.projector = Linear(config.encoder.dim, size, bias=True, dtype=dtype)
+        self.classifier = Linear(size, config.num_labels, bias=True, dtype=dtype)
+
+    def freeze_encoder(self) -> None:
+        """Give nothing but the head a gradient."""
+        self.encoder.requires_grad_(False)
+
+    def forward(
+        self,
+        input_features: Tensor | None = None,
+        encoder_outputs: Any = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """`logits` `[clips, labels]`, and `loss` where `labels` are given, as `labels.row_loss` takes them;
+        `hidden_states` and `attentions` if asked.
+
+        `input_features` are those of `SpeechSeq2SeqLM.forward`, or instead of them `encoder_outputs`, what
+        `get_encoder()` gave: `last_hidden_state` `[clips, tokens, dim]`, with `hidden_states` where the
+        config says `use_weighted_layer_sum`.
+        """
+        if (input_features is None) == (encoder_outputs is None):
+            raise RequestError("give exactly one of input_features and encoder_outputs")
+        extras = dict.fromkeys(("hidden_states", "attentions"))
+        if encoder_outputs is None:
+            asked = output_hidden_states or self.layer_weights is not None
+            wanted = {"output_attentions": output_attentions, "output_hidden_states": asked}
+            found = self._encode(input_features, None, None, wanted)
+            hidden, states, extras = found.padding.unpack(found.hidden), found.hidden_states, found.extras()
+        else:
+            hidden = encoder_states(encoder_outputs, self.config.encoder.dim).to(self.device, self.dtype)
+            states = getattr(encoder_outputs, "hidden_states", None)
+        if self.layer_weights is not None:
+            if states is None or len(states) != len(self.layer_weights):
+                raise RequestError(
+                    "the model classifies by all hidden states ('use_weighted_layer_sum'), and "
+                    f"encoder_outputs has {len(states or ())} of {len(self.layer_weights)}; ask the encoder "
+                    "for them with output_hidden_states=True"
+                )
+            shares = self.layer_weights.softmax(-1)
+            hidden = sum(share * state.to(hidden) for share, state in zip(shares, states, strict=True))
+        logits = self.classifier(self.projector(hidden).mean(1))
+        loss = None if labels is None else row_loss(logits, labels, self.config)
+        if not output_hidden_states:
+            extras["hidden_states"] = None
+        output = ModelOutput(loss=loss, logits=logits, **extras)
+        return output.to_tuple() if return_dict is False else output

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from taut.config import Attn, Layer, ModelConfig, Positions, Reader, finish, pair
+from taut.config import Attn, Heads, Layer, ModelConfig, Positions, Reader, finish, pair
 from taut.models import bart
 from taut.models.llama import tied
 from taut.weights import Rename, Rule
@@ -27,7 +27,7 @@ def read(r: Reader) -> ModelConfig:
     # What is hidden of the sound while training, and options of generation.
     r.ignore("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks")
     r.ignore("mask_feature_prob", "mask_feature_length", "mask_feature_min_masks")
-    r.ignore("median_filter_width", "forced_decoder_ids", "use_weighted_layer_sum", "classifier_proj_size")
+    r.ignore("median_filter_width", "forced_decoder_ids")
     heard, bins, said = r.int("max_source_positions", 1500), r.int("num_mel_bins", 80), layers(r, "decoder")
     encoder, context = layers(r, "encoder"), r.int("max_target_positions", 448)
     config = finish(
@@ -38,6 +38,10 @@ def read(r: Reader) -> ModelConfig:
         positions=Positions(context),
         context=context,
         padding=r.int("pad_token_id", None, minimum=0),
+        heads=Heads(
+            projection=r.int("classifier_proj_size", 256),
+            all_layers=r.bool("use_weighted_layer_sum", False),
+        ),
     )
     if config.decoder_start_token_id is None:
         config = replace(config, decoder_start_token_id=50257)

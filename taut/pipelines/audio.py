@@ -32,6 +32,8 @@ class HearingPipeline(SoundPipeline):
         features, config = self.features(clip), self.model.config
         if config.kind == "speech encoder":
             size = self.model.model.feature_extractor.frames(len(features))
+        elif config.kind == "speech encoder-decoder":
+            size = config.encoder.context
         else:
             size = config.patches.tokens
         return Piece({self.model_input: features}, size, note)

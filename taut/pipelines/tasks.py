@@ -75,7 +75,7 @@ _ALL = (
         ("ForAudioClassification", "ForSequenceClassification"),
         (MEDIA,),
     ),
-    Task(WhisperRecognition, AutoModelForSpeechSeq2Seq, (), (TEXT, MEDIA)),
+    Task(WhisperRecognition, AutoModelForSpeechSeq2Seq, ("ForConditionalGeneration",), (TEXT, MEDIA)),
     Task(ImageFeatureExtraction, AnyImageModel, (), (MEDIA,)),
     Task(FeatureExtraction, AutoModel),
     Task(SentenceSimilarity, AutoModel),

@@ -20,6 +20,7 @@ from taut.processor import resample
 from tests.audio import BANDS, FRAMES, LARGE, SPECTROGRAM, SPEECH
 from tests.pipelines.folders import folder, write
 from tests.pipelines.test_text import same
+from tests.speech_seq2seq import BINS, WHISPER
 
 RATE = 800
 LABELS = {0: "speech", 1: "music", 2: "noise"}
@@ -52,6 +53,14 @@ def spectrogram() -> Path:
     return write("ast", "ASTForAudioClassification", config, extractor)
 
 
+def whisper() -> Path:
+    config = {**WHISPER, **CALLED, "init_std": 0.3, "max_source_positions": 40}
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=BINS, sampling_rate=RATE, chunk_length=4, hop_length=40, n_fft=100
+    )
+    return write("whisper-labels", "WhisperForAudioClassification", config, extractor)
+
+
 @functools.cache
 def clips(rate: int = RATE) -> list[np.ndarray]:
     """Noise that swells and falls, of several lengths."""
@@ -69,6 +78,7 @@ def clips(rate: int = RATE) -> list[np.ndarray]:
         ("audio-classification", classifier, {}),
         ("audio-classification", functools.partial(classifier, **LARGE), {"top_k": 2}),
         ("audio-classification", spectrogram, {"function_to_apply": "sigmoid"}),
+        ("audio-classification", whisper, {}),
         ("automatic-speech-recognition", ctc, {}),
         ("automatic-speech-recognition", ctc, {"return_timestamps": "char"}),
         ("automatic-speech-recognition", ctc, {"return_timestamps": "word"}),
@@ -155,10 +165,13 @@ def test_bad_options_are_named(options, message):
 
 
 def test_heads_of_sounds_and_of_texts_are_not_mistaken():
+    assert taut.pipeline(model=whisper(), device="cpu").task == "audio-classification"
     assert taut.pipeline(model=classifier(), device="cpu").task == "audio-classification"
     with pytest.raises(
         RequestError, match="no head for automatic-speech-recognition; its tasks: audio-class"
     ):
         taut.pipeline("automatic-speech-recognition", classifier())
+    with pytest.raises(RequestError, match=r"no head for automatic-speech-rec.*; its tasks: audio-class"):
+        taut.pipeline("automatic-speech-recognition", whisper())
     with pytest.raises(RequestError, match="no head for text-classification; its tasks: audio-class"):
         taut.pipeline("text-classification", classifier())
