@@ -22,6 +22,7 @@ from taut.layers.embedding import Embedding
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.quant.base import Dense, Packed, Reordered
+from taut.quant.experts import PackedExperts
 from taut.quant.mxfp4 import Mxfp4Experts
 from taut.quant.stored import AsStored, Packer
 
@@ -412,10 +413,11 @@ def load(
     """Fill a model built on the meta device, in `dtype` on `device`, one slice at a time.
 
     `packers` names the checkpoint's matrices (or stacks of experts' matrices) that are to be held packed,
-    and how; each becomes so before the next is read. All or nothing: names and shapes are checked before
-    anything is allocated, and parameters replace the meta ones only once every slice has been read. Peak host
-    memory is the model (if it lives on the host) plus one slice. `progress(done, total)` is called with bytes
-    of the finished model. What the report calls fresh is allocated, and left to the caller to initialise.
+    and how; each becomes so, and those of one weight are joined, before the next is read. All or nothing:
+    names and shapes are checked before anything is allocated, and parameters replace the meta ones only once
+    every slice has been read. Peak memory is the model, one slice, and of a packed one what packing a matrix
+    and joining the matrices of a weight take. `progress(done, total)` is called with bytes of the finished
+    model. What the report calls fresh is allocated, and left to the caller to initialise.
     """
     device, shapes = torch.device(device), _shapes(model)
     # A stored packed matrix is upright whatever way its dense one would lie.
@@ -453,21 +455,22 @@ def load(
         target = piece.view(filled[piece.param])
         _fill(target, piece, tensors[piece.disk], entries)
         loaded(target.numel() * dtype.itemsize)
-    packed: dict[str, list[Packed]] = {}
+    packed: dict[str, Packed | PackedExperts] = {}
     for name, found in runs.items():
         units = []
         for run, count in zip(found, sizes[name], strict=True):
             source, packer = tensors[run[0].disk], packers.get(run[0].disk)
             units.append(_pack(run, source, packer, shapes[name][-1], dtype, entries))
             loaded(count)
-        packed[name] = units
+        # Joined here, so that the next matrices take the memory of these.
+        packed[name] = model.get_submodule(name.removesuffix(".weight")).joined(units)
     for name, tensor in filled.items():
         path, _, kind = name.rpartition(".")
         setattr(
             model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=params[name].requires_grad)
         )
-    for name, units in packed.items():
-        model.get_submodule(name.removesuffix(".weight")).pack(units)
+    for name, held in packed.items():
+        model.get_submodule(name.removesuffix(".weight")).hold(held)
     return report
 
 

@@ -46,11 +46,14 @@ class Embedding(nn.Module):
         """Logits `[tokens, vocab]` of `hidden` `[tokens, dim]` with the same matrix (a tied head)."""
         return linear(hidden, self.weight, bias) if self.packed is None else self.packed(hidden, bias)
 
-    def pack(self, units: Sequence[Packed]) -> None:
-        """Hold the weight packed, as these matrices one below the other, and let go of the dense one. Rows
-        are looked up in its dtype."""
-        self.register_buffer("like", self.weight.new_empty(0, device=units[0].device), persistent=False)
-        self.weight, self.packed = None, join(units).train(self.training)
+    def joined(self, units: Sequence[Packed]) -> Packed:
+        """These matrices, one below the other, as `hold` takes them."""
+        return join(units)
+
+    def hold(self, packed: Packed) -> None:
+        """Hold the weight packed, and let go of the dense one. Rows are looked up in its dtype."""
+        self.register_buffer("like", self.weight.new_empty(0, device=packed.device), persistent=False)
+        self.weight, self.packed = None, packed.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}, {self.shape[1]}"

@@ -74,9 +74,17 @@ class ExpertLinear(nn.Module):
         weights = self.weight.unbind()
         return lambda expert, rows: linear(rows, weights[expert], biases[expert])
 
+    def joined(self, units: Sequence[Packed]) -> PackedExperts:
+        """These matrices, expert after expert, as `hold` takes them."""
+        return PackedExperts(units, self.experts)
+
+    def hold(self, packed: PackedExperts) -> None:
+        """Hold the weight packed, and let go of the dense one."""
+        self.weight, self.packed = None, packed.train(self.training)
+
     def pack(self, units: Sequence[Packed]) -> None:
-        """Hold the weight packed, as these matrices, expert after expert, and let go of the dense one."""
-        self.weight, self.packed = None, PackedExperts(units, self.experts).train(self.training)
+        """Hold the weight packed, as these matrices, expert after expert."""
+        self.hold(self.joined(units))
 
     def extra_repr(self) -> str:
         parts = f", parts={dict(self.parts)}" if self.parts else ""

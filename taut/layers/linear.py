@@ -115,9 +115,17 @@ class Linear(nn.Module):
         """Of the weight, however it is held."""
         return torch.Size((self.out_features, self.in_features))
 
+    def joined(self, units: Sequence[Packed]) -> Packed:
+        """These matrices, one below the other, as `hold` takes them."""
+        return join(units)
+
+    def hold(self, packed: Packed) -> None:
+        """Hold the weight packed, and let go of the dense one."""
+        self.weight, self.packed = None, packed.train(self.training)
+
     def pack(self, units: Sequence[Packed]) -> None:
-        """Hold the weight packed, as these matrices one below the other, and let go of the dense one."""
-        self.weight, self.packed = None, join(units).train(self.training)
+        """Hold the weight packed, as these matrices one below the other."""
+        self.hold(self.joined(units))
 
     def extra_repr(self) -> str:
         parts = f", parts={dict(self.parts)}" if self.parts else ""

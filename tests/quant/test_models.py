@@ -15,14 +15,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from taut import AutoModelForCausalLM, BitsAndBytesConfig, weights
-from taut.checkpoint import Deferred
 from taut.errors import CheckpointError, ConfigError, RequestError, TautError
 from taut.kernels import moe
 from taut.layers.experts import ExpertLinear
 from taut.layers.linear import Linear
 from taut.modeling import CausalLM
 from taut.models import read_config, rules
-from taut.quant.stored import Quantize
 from tests.families import CASES, TINY, VOCAB, checkpoint
 from tests.scratch import scratch
 
@@ -338,33 +336,6 @@ def test_modules_are_left_out_by_name_and_the_head_is_packed_when_not_named(tmp_
     assert model.model.layers[1].mlp.down_proj.packed is None
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path), prompt(9)), logits(model, prompt(9)))
-
-
-def test_memory_is_what_a_7b_model_may_take():
-    llama = transformers.LlamaConfig().to_dict()  # its defaults are the 7B model's
-    from taut.modeling import CausalLM
-    from taut.models import read_config
-
-    with torch.device("meta"):
-        model = CausalLM(read_config(llama))
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
-    for name, limit in (("nf4", 4.2e9), ("nf4-double", 3.9e9), ("int8", 7.1e9)):
-        packer = Quantize(config(name))
-        linear = [p for n, p in model.named_parameters() if "proj" in n]
-        total = sum(packer.nbytes(tuple(p.shape)) for p in linear)
-        total += 2 * sum(count for n, count in sizes.items() if "proj" not in n)
-        assert total <= limit, (name, total)
-
-
-@every_format
-def test_the_estimate_is_what_is_allocated(name):
-    packer = Quantize(config(name))
-    for shape in ((64, 128), (7, 33), (130, 1030)):
-        weight = torch.randn(shape)
-        packed = packer(
-            Deferred("w", shape, torch.float32, lambda w=weight: w), lambda w=weight: w, weight.device
-        )
-        assert packed.nbytes == packer.nbytes(shape)
 
 
 def test_moving_and_casting_a_packed_model():
