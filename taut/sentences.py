@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ OLDER = {"pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
 OLDER |= {f"pooling_mode_{mode}_tokens": mode for mode in ("mean", "max", "mean_sqrt_len", "weightedmean")}
 ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU}
 
+# Files beside config.json: of texts, and of prompts and similarity.
+_SETTINGS = ("sentence_bert_config.json", "config_sentence_transformers.json")
+
 # Tokens of a batch: on a CPU as many as caches hold well.
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 
@@ -42,13 +46,15 @@ class SentenceTransformer:
     def __init__(self, name: str | Path, *, device: str | torch.device | None = "auto", **options: Any):
         self.model = AutoModel.from_pretrained(name, device=device, **options)
         access = ("revision", "cache_dir", "token", "local_files_only")
-        files = _Files(str(name), {key: value for key, value in options.items() if key in access})
+        files = self._files = _Files(
+            str(name), {key: value for key, value in options.items() if key in access}
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(name, **files.access)
-        text = files.optional("sentence_bert_config.json") or {}
+        text = files.optional(_SETTINGS[0]) or {}
         limits = (text.get("max_seq_length"), self.tokenizer.model_max_length, self.model.config.context)
         self.max_seq_length = int(min(limit for limit in limits if limit))
         self.lower = bool(text.get("do_lower_case"))
-        own = files.optional("config_sentence_transformers.json") or {}
+        own = files.optional(_SETTINGS[1]) or {}
         self.prompts: dict[str, str] = own.get("prompts") or {}
         self.default_prompt_name: str | None = own.get("default_prompt_name")
         self.similarity_fn_name: str = own.get("similarity_fn_name") or "cosine"
@@ -138,6 +144,17 @@ class SentenceTransformer:
             vectors = module(vectors)
         return vectors.float()
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model, its tokenizer and what follows them to a folder, as sentence-transformers reads
+        them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        for name, path in self._files.modules().items():
+            target = Path(folder) / name
+            if target.resolve() != path.resolve():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
     def _prompt(self, name: str | None, prompt: str | None) -> str:
         if prompt is not None:
             return prompt
@@ -163,6 +180,18 @@ class _Files:
     def path(self, file: str) -> Path:
         """A file in a folder of its own."""
         return hub.beside(self.name, file, **self.access)
+
+    def modules(self) -> dict[str, Path]:
+        """The files, by their names here, that say how vectors are made of a model's tokens."""
+        root, own = hub.resolve(self.name, **self.access), ("modules.json", *_SETTINGS)
+        found = {file: root / file for file in own if (root / file).is_file()}
+        for entry in self.optional("modules.json") or ():
+            kind, folder = entry["type"].rpartition(".")[2], entry["path"]
+            if kind in ("Pooling", "Dense"):
+                found[f"{folder}/config.json"] = self.path(f"{folder}/config.json")
+            if kind == "Dense":
+                found[f"{folder}/model.safetensors"] = self.path(f"{folder}/model.safetensors")
+        return found
 
     def config(self, folder: str) -> Any:
         """What the `config.json` of a module's folder says."""

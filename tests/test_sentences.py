@@ -102,6 +102,8 @@ def test_every_module_and_option_is_that_of_sentence_transformers(tiny, tmp_path
     assert len(ours.encode(texts, convert_to_numpy=False)) == 4 and ours.encode([]).shape == (0, 32)
     want = reference.similarity(reference.encode(texts), reference.encode("b"))
     assert torch.allclose(ours.similarity(ours.encode(texts), ours.encode("b")), want, atol=1e-5)
+    ours.save_pretrained(tmp_path / "saved")
+    assert np.abs(theirs(tmp_path / "saved").encode(texts) - reference.encode(texts)).max() < 1e-5
 
 
 def test_a_plain_encoder_is_pooled_by_the_mean(tiny):

@@ -25,6 +25,7 @@ from taut.config import UNBOUNDED, ModelConfig, Moe
 from taut.errors import TautError
 from taut.hub import default_model, resolve
 from taut.models import read_config
+from taut.pipelines.tasks import tasks_of
 from taut.placement import pick_device, pick_dtype
 from taut.quant.choose import unpacked
 from taut.tokenizer import AutoTokenizer
@@ -155,6 +156,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
         "path": str(path),
         "model_type": config.model_type,
         "architecture": config.architecture,
+        "tasks": tasks_of(config),
         "parameters": sum(part.parameters for part in sizes.values()),
         "dtype": str(loaded).removeprefix("torch."),
         "tensor_dtypes": {str(kind).removeprefix("torch."): count for kind, count in stored},
@@ -285,6 +287,7 @@ def show(facts: dict[str, Any]) -> None:
 
     row("path", facts["path"])
     row("family", f"{facts['model_type']} ({facts['architecture']})")
+    row("tasks", ", ".join(facts["tasks"]) or "none that taut run does")
     row("parameters", f"{facts['parameters']:,} ({human_count(facts['parameters'])})")
     row("files", human_bytes(facts["file_bytes"]))
     row("dtype", f"{facts['dtype']} once loaded")

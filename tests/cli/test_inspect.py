@@ -74,6 +74,7 @@ def test_numbers(taut: Callable[..., Result], folder: Path) -> None:
     }
     assert {n: (p["tensors"], p["parameters"]) for n, p in found["parts"].items()} == expected
     assert found["parameters"] == sum(count for _, count in expected.values())
+    assert found["tasks"] == ["text-generation", "feature-extraction", "sentence-similarity"]
     memory = found["memory_bytes"]
     assert memory["weights"] == 2 * found["parameters"]
     assert memory["parts"]["mlp"] == 2 * 2 * 3 * 24 * 16

@@ -7,9 +7,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import taut
 from taut import AutoModelForCausalLM
 from taut.cli.app import app
 from tests.families import CASES, checkpoint
+from tests.pipelines import test_sounds as sounds
+from tests.pipelines.test_images import pictures, vit
+from tests.pipelines.test_text import FOLDERS
+from tests.test_sentences import minilm
 
 pytest.importorskip("tokenizers")
 
@@ -50,6 +55,38 @@ def test_quantize_writes_a_folder_that_loads(model, options, kind, tmp_path):
     assert loaded.quantization_config.bnb_4bit_use_double_quant == (kind == "fp4")
     again = run("quantize", model, tmp_path / "out", "--device", "cpu")
     assert again.exit_code == 1 and "exists already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("source", "item"),
+    [
+        (FOLDERS["token-classification"], "bob works in paris"),
+        (sounds.ctc, sounds.clips()[1]),
+        (sounds.classifier, sounds.clips()[1]),
+        (sounds.whisper, sounds.clips()[1]),
+        (vit, pictures()[0]),
+    ],
+    ids=["token-classification", "ctc", "sounds", "whisper", "images"],
+)
+def test_quantize_keeps_the_head_and_what_makes_inputs(source, item, tmp_path):
+    result = run("quantize", source(), tmp_path / "out", "--format", "int8", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    before, after = (taut.pipeline(model=folder, device="cpu") for folder in (source(), tmp_path / "out"))
+    assert after.task == before.task and after.model.is_loaded_in_8bit
+    assert type(after(item)) is type(before(item))
+
+
+def test_quantize_keeps_what_makes_vectors_of_sentences(tmp_path):
+    result = run("quantize", minilm(), tmp_path / "out", "--format", "int8", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    texts = ["A man plays the guitar.", "Someone is playing music.", "I like pasta."]
+    got, want = (
+        taut.SentenceTransformer(folder, device="cpu").encode(texts)
+        for folder in (tmp_path / "out", minilm())
+    )
+    assert (got * want).sum(-1).min() > 0.99 and ((got * got).sum(-1) - 1).max() < 1e-5
+    for file in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (minilm() / file).read_bytes()
 
 
 @pytest.mark.parametrize(
