@@ -12,6 +12,7 @@ import taut
 from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from taut.errors import RequestError
 from taut.kernels import attention
+from taut.kernels.attention import Scoring
 from tests.families import CASES, checkpoint
 from tests.seq2seq import CASES as SEQ2SEQ
 
@@ -137,3 +138,16 @@ def test_pytorchs_own_context_manager_restricts_the_reference_too():
         with pytest.raises(RequestError, match="eager: PyTorch's sdpa_kernel leaves math attention out"):
             load(GEMMA2)(IDS)
         load()(IDS)
+    nothing = pytest.raises(RequestError, match=r"leaves out what it has here \(flash, math\); eager: ")
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION), nothing:
+        load()(IDS)
+
+
+@pytest.mark.filterwarnings("ignore:Flash attention kernel not used")
+def test_a_call_that_pytorchs_kind_cannot_take_lists_reasons_too():
+    q, starts = torch.randn(5, 2, 8), torch.tensor([0, 3, 5], dtype=torch.int32)
+    learned = Scoring(0.3, relative=torch.randn(2, 9, requires_grad=True))
+    attention.attention(q, q, q, starts, 3, learned)
+    nothing = pytest.raises(RequestError, match=r"sdpa: PyTorch: No available kernel.*; eager: ")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), nothing:
+        attention.attention(q, q, q, starts, 3, learned)

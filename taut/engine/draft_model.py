@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taut.engine.choose import choose
 from taut.engine.graph import DecodeGraph, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Ahead, Request, Row
@@ -159,18 +160,8 @@ class DraftModel:
         """The rows' next tokens; None where there is none. What is wrong with a row's options or processors
         is found again when its guess is checked."""
         views = [Ahead(draft.request, draft.guess) for draft in drafts]
-        if not any(view.logits_processors for view in views):
-            try:
-                return self.sampler(logits, views)[0]
-            except Exception:
-                self._encode(drafts)
-        tokens: list[int | None] = []
-        for at, view in enumerate(views):
-            try:
-                tokens += self.sampler(logits[at : at + 1], [view])[0]
-            except Exception:
-                tokens.append(None)
-        return tokens
+        chosen = choose(self.sampler, logits, views)
+        return [None if isinstance(choice, Exception) else choice[0] for choice in chosen]
 
 
 @dataclass(eq=False)

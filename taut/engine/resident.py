@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -15,14 +17,14 @@ from taut.engine.draft_model import DraftModel
 from taut.engine.engine import Engine, token_bytes
 from taut.engine.request import Request
 from taut.engine.runner import turns_by_length
-from taut.engine.scheduler import pages_needed
+from taut.engine.scheduler import check_width, pages_needed
 from taut.errors import RequestError
 
 # Rows that run at a time at most: each needs a row of logits.
 MAX_ROWS = 256
 PAGE_SIZE = 16
 
-# Part of a GPU's free memory that the cache may take; the rest is for activations and logits.
+# Part of the memory that the cache may take; the rest is for activations and logits.
 CACHE_SHARE = 0.8
 
 
@@ -46,10 +48,12 @@ class Resident:
         return model.__dict__.setdefault("_resident", Resident())
 
     def engine(self, model: Any, requests: Sequence[Request]) -> Engine:
-        """An engine that can serve these requests; on a GPU with as many pages for them as memory has room.
+        """An engine that can serve these requests, with as many pages for them as memory has room.
 
-        Raises `RequestError` where there is not even room for the longest.
+        Raises `RequestError` where there is not even room for the longest, or a request has too many rows.
         """
+        for request in requests:
+            check_width(request, MAX_ROWS)
         with self._lock:
             self._look(model)
             if self._engine is not None and self._engine.stepping:
@@ -123,7 +127,7 @@ def _make(model: Any, pages: int) -> Engine:
 
 def _pages(model: Any, requests: Sequence[Request], kept: Engine | DraftModel | None) -> int:
     """Pages that a cache for these requests should have, where it may take the place of `kept`: those of
-    `kept` if they suffice, else all that the requests need, or on a GPU what its memory holds."""
+    `kept` if they suffice, else all that the requests need, or what memory holds."""
     share = not turns_by_length(model.config)
     needs = [pages_needed(request, PAGE_SIZE, share) for request in requests]
     at_once = max(MAX_ROWS // max(request.width for request in requests), 1)
@@ -132,13 +136,9 @@ def _pages(model: Any, requests: Sequence[Request], kept: Engine | DraftModel | 
         return kept.pages.count
     wanted = _rounded(wanted)
     device = torch.device(model.device)
-    if device.type != "cuda":
-        return wanted
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     page = token_bytes(model) * PAGE_SIZE
-    room = int(free * CACHE_SHARE) // page
-    if kept is not None and not kept.has_work:
+    room = int(_memory(device) * CACHE_SHARE) // page
+    if device.type == "cuda" and kept is not None and not kept.has_work:
         room += kept.pages.count
     if room < max(needs):
         row = needs.index(max(needs))
@@ -147,11 +147,22 @@ def _pages(model: Any, requests: Sequence[Request], kept: Engine | DraftModel | 
             f"({max(needs) * page / 2**20:.0f} MiB; prompt {len(requests[row].prompt)}, new "
             f"{requests[row].params.max_new_tokens}, rows {requests[row].width}), but {device} has room "
             f"for {room * PAGE_SIZE} ({room * page / 2**20:.0f} MiB). Next step: lower max_new_tokens, "
-            "shorten the prompt, or load the model in fewer bits"
+            "shorten the prompt, ask for fewer beams, or load the model in fewer bits"
         )
     if kept is not None and max(needs) <= kept.pages.count and room < 1.25 * kept.pages.count:
         return kept.pages.count  # memory is full: hardly more room is not worth a new engine
     return min(wanted, room)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that can be had there. A CPU's cache takes memory only where it is written, so that all there is
+    counts, also what is in use now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _rounded(pages: int) -> int:

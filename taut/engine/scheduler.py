@@ -102,11 +102,7 @@ class Scheduler:
                 f"prompt of {prompt} tokens + max_new_tokens={new} is {prompt + new} tokens, but the model's "
                 f"context is {self.context}; {advice}"
             )
-        if request.width > self.max_rows:
-            raise RequestError(
-                f"the request has {request.width} rows (num_beams, guidance), but the engine runs at most "
-                f"{self.max_rows}; ask for fewer, or make an engine with max_rows={request.width}"
-            )
+        check_width(request, self.max_rows)
         needed = pages_needed(request, self.pages.size, self.share)
         beside = "" if request.source is None else f" and a source of {len(request.source)}"
         if needed > self.pages.count and (request.width > 1 or request.source is not None):
@@ -438,6 +434,15 @@ def _decodes(request: Request) -> bool:
 def _lacks_source(request: Request) -> bool:
     """Whether a request has a source, and its keys are not cached."""
     return request.source is not None and not request.source_pages
+
+
+def check_width(request: Request, max_rows: int) -> None:
+    """Raise `RequestError` for a request of more rows than run at a time."""
+    if request.width > max_rows:
+        raise RequestError(
+            f"the request has {request.width} rows (num_beams, guidance), but the engine runs at most "
+            f"{max_rows}; ask for fewer, or make an engine with max_rows={request.width}"
+        )
 
 
 def pages_needed(request: Request, size: int, share: bool = True) -> int:

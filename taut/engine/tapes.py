@@ -192,6 +192,11 @@ class _Recorder(TorchDispatchMode):
         self.steps: list[Callable[[], None]] = []
         self._tape: Tape | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What PyTorch asks of modes: True would import its compiler, which takes a second and 120 MB."""
+        return False
+
     def add(self, kernel: Kernel, arguments: Any, values: tuple[Any, ...]) -> None:
         if self._tape is None:
             self._tape = Tape()

@@ -131,11 +131,22 @@ def attention(
     """
     kv_heads = None if k is None else k.shape[1]
     call = Call(q, starts.shape[0] - 1, longest, scoring, pages, kv_heads, key_rows)
+    reasons = []
     for name, candidate in CANDIDATES.items():
-        if _refusal(name, candidate, call, only) is None:
-            return candidate.run(q, k, v, starts, longest, scoring, pages, key_rows)
-    reasons = [f"{name}: {why}" for name, why in explain(call, only)]
+        why = _refusal(name, candidate, call, only)
+        if why is None:
+            try:
+                return candidate.run(q, k, v, starts, longest, scoring, pages, key_rows)
+            except RuntimeError as error:  # what `sdpa_kernel` leaves it can't take this call
+                if name != "sdpa" or not str(error).startswith(_NONE_LEFT):
+                    raise
+                why = f"PyTorch: {error}"
+        reasons.append(f"{name}: {why}")
     raise RequestError("no attention implementation is left: " + "; ".join(reasons))
+
+
+# How PyTorch's error begins where none of its own kinds of attention is left: on a CPU, on a GPU.
+_NONE_LEFT = ("No viable backend for scaled_dot_product_attention", "No available kernel")
 
 
 def explain(call: Call, only: tuple[str, ...] | None = None) -> list[tuple[str, str | None]]:
@@ -163,6 +174,7 @@ BACKENDS: Mapping[str, Callable[[], bool]] = MappingProxyType(
     {
         "flash": torch.backends.cuda.flash_sdp_enabled,
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
         "math": torch.backends.cuda.math_sdp_enabled,
     }
 )
@@ -438,6 +450,9 @@ def _bias_of_last(behind: Tensor, kv_heads: int, scoring: Scoring) -> Tensor:
 
 
 def _sdpa_refuses(call: Call) -> str | None:
+    kinds = ("flash", "math") if call.q.is_cpu else tuple(BACKENDS)
+    if not any(BACKENDS[kind]() for kind in kinds):
+        return f"PyTorch's sdpa_kernel leaves out what it has here ({', '.join(kinds)})"
     if call.scoring.softcap is not None:
         return f"scaled_dot_product_attention has no soft-cap (asked: {call.scoring.softcap})"
     if call.pages is not None and (call.scoring.bias is not None or call.scoring.gate is not None):

@@ -31,7 +31,7 @@ def program() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`program(*arguments, input=...)`: the command as a process of its own."""
 
     def run(*arguments: str, input: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "taut.cli", *arguments]
+        command = [sys.executable, "-m", "taut", *arguments]
         return subprocess.run(
             command, input=input, capture_output=True, text=True, env=ENVIRONMENT, timeout=300
         )

@@ -127,7 +127,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
         process, descriptor = pty.fork()
         if not process:
-            os.execve(sys.executable, [sys.executable, "-m", "taut.cli", *arguments], ENVIRONMENT)
+            os.execve(sys.executable, [sys.executable, "-m", "taut", *arguments], ENVIRONMENT)
         opened.append(Terminal(descriptor, process))
         return opened[-1]
 

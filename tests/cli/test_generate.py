@@ -100,7 +100,7 @@ def test_a_closed_pipe_is_no_error(program: Callable[..., subprocess.CompletedPr
 
     from tests.cli.conftest import ENVIRONMENT
 
-    command = [sys.executable, "-m", "taut.cli", "generate", "--raw", "1, 2, 3,", "--max-new-tokens", "60"]
+    command = [sys.executable, "-m", "taut", "generate", "--raw", "1, 2, 3,", "--max-new-tokens", "60"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,6 +248,20 @@ def test_a_draft_cache_without_room_guesses_for_whom_it_can():
     e.run(requests)
     assert [row.output for row in requests] == [alone("plain", prompt, 12) for prompt in PROMPTS]
     assert drafts.pages.free == 8
+
+
+def test_a_row_that_can_be_guessed_nothing_for_leaves_the_others_theirs():
+    drafts = DraftModel(MODELS["plain"], num_pages=40, page_size=4)
+    good, none = asked(PROMPTS[0]), asked(PROMPTS[1])
+    none.params = replace(none.params, suppress_tokens=tuple(range(VOCAB)))
+    assert drafts.propose([none, good], 4) == {good: alone("plain", PROMPTS[0], 4)}
+
+    def broken(logits, rows):
+        raise ZeroDivisionError("a fault of the sampler's own")
+
+    drafts.sampler = broken
+    with pytest.raises(ZeroDivisionError):
+        drafts.propose([none, good], 4)
 
 
 # -- generate ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 
+from taut.engine import resident
 from taut.engine.request import Request, SamplingParams
 from taut.engine.resident import Resident
 from taut.errors import RequestError
@@ -209,3 +210,26 @@ def test_a_gpu_keeps_its_graphs_from_call_to_call(model):
 def test_requests_of_one_call_fit_together(model):
     rows = [Request([3] * 20, SamplingParams(max_new_tokens=30)) for _ in range(5)]
     assert Resident.of(model).engine(model, rows).pages.tokens >= 5 * 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 257}, r"257 rows .* at most 256"),
+        (
+            {"num_beams": 200, "max_new_tokens": 60},
+            r"row 0 needs a cache of .* tokens .* rows 200\), but cpu has",
+        ),
+        ({"max_new_tokens": 81}, r"row 0 needs a cache of 128 tokens .* but cpu has room for 112"),
+    ],
+)
+def test_more_than_memory_holds_is_refused_before_a_cache_is_made(model, monkeypatch, options, message):
+    page = 2 * 2 * 2 * 8 * 4 * 16  # keys and values, layers, heads, head dim, bytes, tokens
+    monkeypatch.setattr(resident, "_memory", lambda device: int(7 * page / resident.CACHE_SHARE) + page // 2)
+    with pytest.raises(RequestError, match=message):
+        tokens(model, **options)
+    assert engine(model) is None
+    expected = [fresh(model, prompt) for prompt in (PROMPT, PROMPT[1:])]  # one at a time has room
+    rows = model.generate([PROMPT, PROMPT[1:]], **OPTIONS, pad_token_id=0)
+    assert [row[-8:] for row in rows.tolist()] == expected
+    assert engine(model).pages.count == 7

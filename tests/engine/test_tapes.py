@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +16,8 @@ from taut.kernels.threads import missing_threads
 from taut.modeling import CausalLM
 
 pytestmark = pytest.mark.skipif(missing_threads() is not None, reason=str(missing_threads()))
+
+ROOT = Path(__file__).parents[2]
 
 LLAMA = {
     "model_type": "llama",
@@ -86,6 +92,14 @@ def test_what_watches_modules_sees_every_token() -> None:
     handle.remove()
     step(2)
     assert len(seen) == 3
+
+
+def test_a_recording_does_not_import_pytorchs_compiler() -> None:
+    """Which takes a second of the first answer, and 120 MB."""
+    code = "from tests.engine.test_tapes import LLAMA, model, served; import sys; served(model(LLAMA))\n"
+    code += "print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_experts_are_not_recorded() -> None:

@@ -1,5 +1,0 @@
-"""`python -m taut.cli`, the same as the `taut` command."""
-
-from taut.cli import main
-
-main()
