@@ -100,7 +100,7 @@ def test_an_encoder_decoder_counts_its_stacks_apart_and_lists_what_attends_to_th
         (LLAMA, {"use_flash_attention_2": True, "dtype": "float32"}, "takes float16 and bfloat16"),
         (LLAMA, {"use_flash_attention_2": True, "attn_implementation": "sdpa"}, "ask for two things"),
         (GEMMA2, {"attn_implementation": "sdpa"}, "can't run layer 0 .*soft-cap.*attn_implementation='auto'"),
-        (GEMMA2, {"strict": True}, "can't run layer 0 .*soft-cap"),
+        (GEMMA2, {"strict": True}, "strict=True can't run layer 0 .*sdpa: .*soft-cap.*strict=False"),
         pytest.param(
             LLAMA,
             {"attn_implementation": "flash_attention_2", "dtype": "bfloat16"},
@@ -114,9 +114,14 @@ def test_what_a_model_cannot_have_is_an_error_at_load(case, options, message):
         load(case, **options)
 
 
-def test_strict_loads_where_nothing_falls_back():
+def test_strict_loads_where_nothing_falls_back(monkeypatch):
     model = load(strict=True)
     assert torch.equal(model(IDS).logits, load()(IDS).logits)
+    for strict, free in zip(model.plan().choices, load().plan().choices, strict=True):
+        assert strict.chosen == free.chosen, strict.op
+    monkeypatch.setattr("taut.modeling.base.compiled_refuses", lambda like: "wants llvmlite")
+    with pytest.raises(RequestError, match=r"strict=True, but cpu would run reference .*: wants llvmlite"):
+        load(strict=True)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])

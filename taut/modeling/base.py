@@ -25,7 +25,7 @@ from taut.engine.replay import Replays
 from taut.errors import RequestError, nearest
 from taut.hub import resolve
 from taut.kernels.attention import Call, explain
-from taut.kernels.dispatch import compiled_refuses
+from taut.kernels.dispatch import compiled_refuses, triton_refuses
 from taut.layers.attention import Attention
 from taut.layers.block import Block
 from taut.layers.embedding import PositionEmbedding
@@ -50,6 +50,10 @@ _IGNORED = ("*.rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.si
 # Names of attention in transformers -> the candidates of `kernels.attention` that they stand for.
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
     {"auto": None, "flash_attention_2": ("paged", "flash"), "sdpa": ("sdpa",), "eager": ("eager",)}
+)
+# What `strict` leaves of "auto": where nothing needs to fall back, one of these runs.
+STRICT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cuda": ("paged", "cudnn", "flash"), "cpu": ("paged", "sdpa")}
 )
 
 
@@ -400,21 +404,29 @@ class PreTrainedModel(nn.Module):
 
         "flash_attention_2" is Taut's packed flash kernel and its decode kernel, for float16 and bfloat16 on
         a GPU; "sdpa" PyTorch's; "eager" the reference. `strict` with "auto": what the device runs best, or
-        an error; no fallback. Raises `RequestError` where this model on its device can't have it.
+        an error; no fallback, neither of attention nor of the kernels for all else. Raises `RequestError`
+        where this model on its device can't have it.
         """
         if name not in IMPLEMENTATIONS:
             raise RequestError(
                 f"attn_implementation is {name!r}; known: {', '.join(IMPLEMENTATIONS)}"
                 f"{nearest(name, IMPLEMENTATIONS)}"
             )
-        if name == "auto" and strict:
-            name = "flash_attention_2" if self.device.type == "cuda" else "sdpa"
+        only, asked = IMPLEMENTATIONS[name], f"attn_implementation={name!r}"
+        if name == "auto" and strict and self.device.type in STRICT:
+            only, asked = STRICT[self.device.type], "strict=True"
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            why = triton_refuses(like) if like.is_cuda else compiled_refuses(like)
+            if why is not None:
+                raise RequestError(
+                    f"strict=True, but {self.device} would run reference implementations: {why}; leave "
+                    "strict out, and see model.plan()"
+                )
         if name == "flash_attention_2" and self.dtype not in (torch.float16, torch.bfloat16):
             raise RequestError(
                 f"flash_attention_2 takes float16 and bfloat16, and the model is {self.dtype}; load it with "
                 "dtype=torch.bfloat16, or with attn_implementation='auto'"
             )
-        only = IMPLEMENTATIONS[name]
         moves = name == "flash_attention_2" and self.device.type == "cpu" and torch.cuda.is_available()
         if moves:
             warnings.warn(
@@ -422,7 +434,7 @@ class PreTrainedModel(nn.Module):
             )
         for attn in (module for module in self.modules() if isinstance(module, Attention)):
             if only is not None and self.device.type != "meta" and not moves:
-                self._require(attn, only, name)
+                self._require(attn, only, asked)
             attn.only = only
 
     def to_bettertransformer(self: Self) -> Self:
@@ -465,15 +477,15 @@ class PreTrainedModel(nn.Module):
     def _attentions(self) -> list[Attention]:
         return [module for module in self.modules() if isinstance(module, Attention)]
 
-    def _require(self, attn: Attention, only: tuple[str, ...], name: str) -> None:
+    def _require(self, attn: Attention, only: tuple[str, ...], asked: str) -> None:
         """Raise unless one of `only` can take this layer's attention on its device."""
         q = torch.empty(1, attn.config.heads, attn.config.head_dim, dtype=self.dtype, device=self.device)
         offers = explain(Call(q, 1, 2, attn.scoring), only)
         if all(why is not None for _, why in offers):
             reasons = "; ".join(f"{candidate}: {why}" for candidate, why in offers if candidate in only)
             raise RequestError(
-                f"attn_implementation={name!r} can't run layer {attn.index} of this model on {self.device}: "
-                f"{reasons}; load it with attn_implementation='auto'"
+                f"{asked} can't run layer {attn.index} of this model on {self.device}: {reasons}; load it "
+                "with attn_implementation='auto'" + (", strict=False" if asked == "strict=True" else "")
             )
 
     def plan(self) -> Plan:

@@ -30,11 +30,11 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
 class Int8(Packed):
     """Weights as int8 rows and a float32 scale a row.
 
-    A product of several rows quantizes each token's activations by its largest magnitude too, after taking
+    A product of many rows quantizes each token's activations by its largest magnitude too, after taking
     out every column in which one of them reaches `threshold` (0: none); those columns are multiplied in the
     activations' own dtype and added. A single row is multiplied as it is by the int8 weights, which reads the
-    same bytes and is at least as exact. So is every product on a GPU with Triton: its kernels take up to 64
-    rows, and more are a dense product of the unpacked weight, with no wait for a count of outliers.
+    same bytes and is at least as exact. So are several where there is a kernel for few rows: up to 64 on a
+    GPU, up to 16 on a CPU.
 
     | buffer | shape |
     |---|---|
