@@ -45,6 +45,12 @@ def run(
     name, access = model or default_model(), {"revision": revision, "local_files_only": local_files_only}
     path = resolve(name, **access)
     about, options = AutoConfig.from_pretrained(path), {"dtype": dtype, "quantization_config": config}
+    own = about.source.get("quantization_config") or {}
+    if own and own.get("quant_method") != "mxfp4":  # that is unpacked on loading
+        raise RequestError(
+            f"{name} is quantized already, its config.json says; quantizing it again would only lose more: "
+            "start from the 16-bit model"
+        )
     if (path / "modules.json").is_file() and about.architecture.endswith("Model"):
         whole = SentenceTransformer(name, device=device, **options, **access)
         loaded, parts = whole.model, [whole]

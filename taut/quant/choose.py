@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,8 @@ def _own(
             f"{checkpoint.path} is quantized already, to {own.format}, and {wanted.format} is asked for; "
             "leave the option out, or start from the 16-bit model"
         )
+    if wanted is not None:
+        _compare(checkpoint, own, wanted)
     tensors = open_bitsandbytes(checkpoint.tensors, own, dtype)
     packed = [name for name in linears if isinstance(tensors.get(name), StoredMatrix)]
     dense = [n for n in linears if n not in packed and not own.skips(n.removesuffix(".weight"))]
@@ -135,6 +137,35 @@ def _own(
             stacklevel=4,
         )
     return Choice(tensors, dict.fromkeys(packed, AsStored(own.compute)), own)
+
+
+# What decides the bytes of a 4-bit checkpoint, so that it can't be had otherwise.
+_BYTES = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_blocksize")
+
+
+def _compare(checkpoint: Checkpoint, own: BitsAndBytesConfig, wanted: BitsAndBytesConfig) -> None:
+    """Refuse what a packed checkpoint can't be, and warn of what its own config decides. What is asked for is
+    what is not a default: nobody need know how a checkpoint was made to load it in 4 bit."""
+    default = BitsAndBytesConfig()
+    mine = ("load_in_4bit", "load_in_8bit", "llm_int8_enable_fp32_cpu_offload")  # compared, or without effect
+    names = [f.name for f in fields(wanted) if f.name not in mine]
+    values = {name: (getattr(wanted, name), getattr(own, name)) for name in names}
+    unmet = {n: pair for n, pair in values.items() if pair[0] not in (pair[1], getattr(default, n))}
+    if not own.load_in_4bit:
+        unmet = {name: pair for name, pair in unmet.items() if name not in _BYTES}
+    for name in unmet:
+        if name in _BYTES:
+            raise RequestError(
+                f"{checkpoint.path} is quantized already, with {name}={unmet[name][1]!r}, and "
+                f"{unmet[name][0]!r} is asked for; leave the option out, or start from the 16-bit model"
+            )
+    if unmet:
+        listed = ", ".join(f"{name}={value!r} (it has {there!r})" for name, (value, there) in unmet.items())
+        warnings.warn(
+            f"{checkpoint.path} is quantized already, and its own config.json counts: without effect are "
+            f"{listed}",
+            stacklevel=5,
+        )
 
 
 def _keep_blocks(checkpoint: Checkpoint, names: Sequence[str]) -> Choice:

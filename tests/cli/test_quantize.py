@@ -55,6 +55,9 @@ def test_quantize_writes_a_folder_that_loads(model, options, kind, tmp_path):
     assert loaded.quantization_config.bnb_4bit_use_double_quant == (kind == "fp4")
     again = run("quantize", model, tmp_path / "out", "--device", "cpu")
     assert again.exit_code == 1 and "exists already" in again.output
+    again = run("quantize", tmp_path / "out", tmp_path / "twice", "--device", "cpu")
+    assert again.exit_code == 1 and "is quantized already" in again.output
+    assert not (tmp_path / "twice").exists()
 
 
 @pytest.mark.parametrize(

@@ -439,6 +439,15 @@ def test_packing_again_is_refused_and_the_same_request_is_not(saved):
         load(saved["nf4-double"], load_in_8bit=True)
     with pytest.raises(RequestError, match="quantized already, to int8, and fp4 is asked for"):
         load(saved["int8"], load_in_4bit=True)
+    single = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_blocksize=128)
+    with pytest.raises(RequestError, match="already, with bnb_4bit_blocksize=64, and 128 is asked for"):
+        load(saved["nf4-double"], quantization_config=single)
+    with pytest.warns(UserWarning, match=r"without effect are llm_int8_threshold=4.0 \(it has 6.0\)"):
+        load(saved["int8"], quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=4.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("nf4-double", "int8"):
+            load(saved[name], quantization_config=config(name))
 
 
 def test_a_config_that_promises_packed_weights_is_held_to_it(saved, tmp_path):
