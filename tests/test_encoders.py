@@ -83,6 +83,17 @@ def fields(output) -> dict[str, torch.Tensor]:
     return found
 
 
+def distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """How far tensors are from those that they should be, of their size."""
+    off = sum((got.float() - want).square().mean() for got, want in pairs)
+    return float((off / sum(want.square().mean() for _, want in pairs)) ** 0.5)
+
+
+def luck(head: str) -> float:
+    """By how much an oracle's own error may be too small, where it is that of the few scores of a head."""
+    return 0.0 if head == "AutoModel" else 2**-7
+
+
 def test_every_encoder_is_in_the_table():
     encoders = {name for name in families() if kind(family(name)) == "encoder"}
     assert {load(case).config.model_type.replace("-", "_") for case in CASES} == encoders
@@ -206,17 +217,14 @@ def test_sums_inside_of_norms_change_nothing(family, monkeypatch):
     assert bool(ran) == (family != "ModernBert")  # which has no norm behind the sums
 
 
-@every_case
+@every_model
 @torch.no_grad()
-def test_bfloat16_rounds_no_worse_than_twice_the_oracle(case):
-    model, given = load(case, dtype=torch.bfloat16), inputs(case, "right")
-    exact, rounded = oracle(case, auto="AutoModel"), oracle(case, torch.bfloat16, auto="AutoModel")
-    ours, theirs = [], []
-    for row in (0, 2, 3):
-        want = alone(exact, given, row).last_hidden_state
-        ours.append((alone(model, given, row).last_hidden_state.float() - want).square().mean())
-        theirs.append((alone(rounded, given, row).last_hidden_state.float() - want).square().mean())
-    assert sum(ours) ** 0.5 <= 2 * sum(theirs) ** 0.5
+def test_bfloat16_rounds_no_worse_than_twice_the_oracle(case, head):
+    given, exact, errors = inputs(case, "right"), oracle(case, auto=head), []
+    for model in (load(case, head, dtype=torch.bfloat16), oracle(case, torch.bfloat16, auto=head)):
+        pairs = [(fields(alone(model, given, row)), fields(alone(exact, given, row))) for row in (0, 2, 3)]
+        errors.append(distance([(got[name], want[name]) for got, want in pairs for name in want]))
+    assert errors[0] <= 2 * errors[1] + luck(head)
 
 
 @every_model

@@ -67,7 +67,7 @@ def run(
                 value = {"error": str(result.error)} if failed else {"result": result}
                 print(json.dumps({"input": name, **value}, ensure_ascii=False))
             elif failed:
-                print(f"error: {name}: {result.error}", file=sys.stderr)
+                print(f"error: {_about(name, str(result.error))}", file=sys.stderr)
             else:
                 if pipe.task == "sentence-similarity":
                     result = {"sequence": name, "labels": inputs[1:], "scores": result}
@@ -75,6 +75,18 @@ def run(
             sys.stdout.flush()
     print(Facts.of(loaded, str(pipe.device)).line(), file=sys.stderr)
     return fine
+
+
+def _about(name: str, error: str) -> str:
+    """An error behind the input that it is about, unless it begins with it."""
+    named = name and error.startswith((f"{name}: ", f"{name} is not ", f"{name} can't be "))
+    return error if named else f"{_short(name)}: {error}"
+
+
+def _short(name: str) -> str:
+    """An input as one short line, of an empty one its quotes."""
+    line = " ".join(name.split())
+    return (line if len(line) <= 80 else f"{line[:77]}...") or '""'
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -122,9 +134,9 @@ def _show(name: str | None, result: Any) -> None:
     if name is None:
         print("\n".join(lines))
     elif len(lines) == 1 and "\n" not in lines[0]:
-        print(f"{name}: {lines[0]}")
+        print(f"{_short(name)}: {lines[0]}")
     else:
-        print(f"{name}:")
+        print(f"{_short(name)}:")
         for line in lines:
             print("  " + line.replace("\n", "\n  "))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from taut.errors import RequestError
 from taut.pipelines.base import Piece, Pipeline, Settings
 from taut.pipelines.classification import apply, check_labels, labelled
+from taut.processor import open_image
 
 
 class ImagePipeline(Pipeline):
@@ -24,10 +25,12 @@ class ImagePipeline(Pipeline):
     def is_item(self, inputs: Any) -> bool:
         if isinstance(inputs, (np.ndarray, Tensor)):
             return inputs.ndim < 4
-        return hasattr(inputs, "getexif") or super().is_item(inputs)  # a pillow image is not iterated over
+        return _pillow(inputs) or super().is_item(inputs)  # a pillow image is not iterated over
 
     def see(self, item: Any, **options: Any) -> list[Piece]:
-        """The pixels of one image; `options` are the processor's."""
+        """The pixels of one image; `options` are the processor's. A pillow image is turned upright and into
+        RGB, as a file is."""
+        item = open_image(item) if _pillow(item) else item
         pixels = self.processor(item, return_tensors="pt", **options)["pixel_values"][0]
         patches = self.model.pictures.patches
         tokens = pixels.shape[1] * pixels.shape[2] // (patches.size[0] * patches.size[1]) + patches.prefix
@@ -45,6 +48,10 @@ class ImagePipeline(Pipeline):
             for row, one in zip(rows, output.unbind(0), strict=True):
                 found[row] = one
         return found
+
+
+def _pillow(item: Any) -> bool:
+    return hasattr(item, "getexif")
 
 
 @dataclass(frozen=True)

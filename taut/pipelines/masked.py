@@ -40,7 +40,7 @@ class FillMask(TextPipeline):
         if self.tokenizer.mask_token_id is None:
             raise RequestError("fill-mask needs a tokenizer with a mask token, and this one has none")
         if settings.targets is not None:
-            self._targets(settings.targets)
+            self._targets(settings.targets, told=False)
 
     def prepare_one(self, item: Any, settings: FillMaskSettings) -> list[Piece]:
         mask = self.tokenizer.mask_token_id
@@ -86,18 +86,20 @@ class FillMask(TextPipeline):
             )
         return found[0] if len(places) == 1 else found
 
-    def _targets(self, targets: str | Sequence[str]) -> list[int]:
-        """The tokens of `targets`: the first one of a word that the vocabulary hasn't, with a warning."""
+    def _targets(self, targets: str | Sequence[str], told: bool = True) -> list[int]:
+        """The tokens of `targets`: the first one of a word that the vocabulary hasn't, with a warning where
+        nobody was `told` yet."""
         vocabulary, found = self.tokenizer.get_vocab(), []
         for target in [targets] if isinstance(targets, str) else targets:
             token = vocabulary.get(target)
             if token is None and (ids := self.tokenizer.encode(target, add_special_tokens=False)):
                 token = ids[0]
-                warnings.warn(
-                    f"targets: {target!r} is not in the vocabulary; its first token, "
-                    f"{self.tokenizer.convert_ids_to_tokens(token)!r}, stands for it",
-                    stacklevel=2,
-                )
+                if not told:
+                    warnings.warn(
+                        f"targets: {target!r} is not in the vocabulary; its first token, "
+                        f"{self.tokenizer.convert_ids_to_tokens(token)!r}, stands for it",
+                        stacklevel=2,
+                    )
             if token is not None:
                 found.append(token)
         if not found:

@@ -27,7 +27,7 @@ class SoundPipeline(Pipeline):
         """The samples of an item at the model's rate, float32 `[samples]`."""
         if isinstance(item, Mapping):
             name = "raw" if item.get("raw") is not None else "array"
-            item = {**item, name: _mono(item.get(name))}
+            item = {**item, name: _mono(item[name])} if name in item else item
         return sounds(_mono(item), self.processor.sampling_rate, None, timeout)[0]
 
 

@@ -10,6 +10,7 @@ import os
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
@@ -108,10 +109,12 @@ def sounds(
 def _described(item: Mapping[str, Any], rate: int) -> np.ndarray:
     values = item.get("array", item.get("raw"))
     if values is None or item.get("sampling_rate") is None:
-        raise MediaError(
-            f"a sound as a dict has 'array' (or 'raw') and 'sampling_rate'; this one has {', '.join(item)}"
-        )
-    return resample(_samples(values), int(item["sampling_rate"]), rate)
+        has = ", ".join(str(key) for key, value in item.items() if value is not None) or "nothing"
+        raise MediaError(f"a sound as a dict has 'array' (or 'raw') and 'sampling_rate'; this one has {has}")
+    own = item["sampling_rate"]
+    if isinstance(own, bool) or not isinstance(own, (int, float, np.integer, np.floating)) or not own >= 1:
+        raise MediaError(f"sampling_rate is {own!r}; expected samples a second, such as {rate}")
+    return resample(_samples(values), int(own), rate)
 
 
 def _samples(values: Any) -> np.ndarray:
@@ -120,9 +123,12 @@ def _samples(values: Any) -> np.ndarray:
     try:
         samples = np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError):
+        samples = None
+    if samples is None or (samples.ndim == 0 and not isinstance(values, np.ndarray)):
         raise MediaError(
-            f"a sound is a path, bytes, an array of samples or a dict of both; not {type(values).__name__}"
-        ) from None
+            "a sound is a path, an address, bytes, samples (an array, tensor or list), or a dict of 'array' "
+            f"and 'sampling_rate'; not {type(values).__name__}"
+        )
     if samples.ndim != 1:
         raise MediaError(f"a sound has one channel, [samples], and this array is {list(samples.shape)}")
     return samples
@@ -166,8 +172,12 @@ def _file(source: Any, timeout: float | None) -> Any:
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        with urllib.request.urlopen(source, timeout=timeout) as answer:
-            content = answer.read(_MOST_BYTES + 1)
+        try:
+            with urllib.request.urlopen(source, timeout=timeout) as answer:
+                content = answer.read(_MOST_BYTES + 1)
+        except (OSError, ValueError, HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise MediaError(f"{source} can't be downloaded ({reason})") from error
         if len(content) > _MOST_BYTES:
             raise MediaError(f"{source}: more than {_MOST_BYTES >> 20} MB; download it and give its path")
         return io.BytesIO(content)
@@ -181,7 +191,7 @@ def _file(source: Any, timeout: float | None) -> Any:
         raise MediaError(f"expected a path, an address or bytes, not {type(source).__name__}")
     path = os.path.expanduser(os.fspath(source))
     if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
+        raise MediaError(f"{path}: {'a folder, not a file' if os.path.isdir(path) else 'no such file'}")
     return path
 
 

@@ -11,10 +11,13 @@ import taut
 from tests.pipelines.folders import NLI, bert, llama, t5
 from tests.pipelines.test_images import pictures, vit
 from tests.pipelines.test_seq2seq import CONTEXT, QUESTION
+from tests.pipelines.test_sounds import classifier, ctc
+from tests.pipelines.test_sounds import files as sound_files
 from tests.pipelines.test_text import FOLDERS, GREEDY, MASKED, NAMED, TEXTS, ours, same
 from tests.pipelines.test_whisper import RATE, clip, pipes, whisper
 
 CPU = ("--device", "cpu")
+SOUNDS = sound_files()
 SET = ("--set", "do_sample=False", "--set", "max_new_tokens=6")
 
 
@@ -49,7 +52,32 @@ SET = ("--set", "do_sample=False", "--set", "max_new_tokens=6")
             ["hello", "--set", "max_new_tokens=5"],
             lambda: [taut.pipeline("summarization", t5())("hello", max_new_tokens=5)],
         ),
+        (
+            "text2text-generation",
+            t5,
+            ["hello", "--set", "max_new_tokens=5"],
+            lambda: [taut.pipeline("text2text-generation", t5())("hello", max_new_tokens=5)],
+        ),
+        (
+            "translation_en_to_fr",
+            t5,
+            ["hello", "--set", "max_new_tokens=5"],
+            lambda: [taut.pipeline("translation_en_to_fr", t5())("hello", max_new_tokens=5)],
+        ),
         ("image-classification", vit, [pictures()[0]], lambda: [taut.pipeline(model=vit())(pictures()[0])]),
+        (
+            "image-feature-extraction",
+            vit,
+            pictures()[:2],
+            lambda: taut.pipeline("image-feature-extraction", vit())(pictures()[:2]),
+        ),
+        ("audio-classification", classifier, SOUNDS, lambda: taut.pipeline(model=classifier())(SOUNDS)),
+        (
+            "automatic-speech-recognition",
+            ctc,
+            [*SOUNDS, "--set", "return_timestamps=word"],
+            lambda: taut.pipeline(model=ctc())(SOUNDS, return_timestamps="word"),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -80,6 +108,10 @@ def test_text_is_what_a_person_reads(taut):
     assert result.stdout == ours("text-generation")("Hello", **GREEDY)[0]["generated_text"] + "\n"
     result = taut("run", "fill-mask", str(FOLDERS["fill-mask"]()), MASKED[0], *CPU)
     assert len(result.stdout.splitlines()) == 5 and '"the man' in result.stdout
+    result = taut(
+        "run", "fill-mask", str(FOLDERS["fill-mask"]()), *MASKED, "--set", 'targets=["plays", "zzq"]', *CPU
+    )
+    assert result.stderr.count("'zzq' is not in the vocabulary") == 1
     arguments = ("--labels", "bob,paris", *CPU)
     folder = str(bert("SequenceClassification", NLI))
     result = taut("run", "zero-shot-classification", folder, "bob", "paris", *arguments)
@@ -98,6 +130,12 @@ def test_standard_input_has_an_input_a_line_and_a_bad_one_is_an_error_of_its_own
     result = taut("run", "fill-mask", folder, "no mask", MASKED[2], *CPU)
     assert result.exit_code == 1 and "error: no mask: no [MASK]" in result.stderr
     assert "warning" not in result.stderr and result.stdout
+    folder = str(FOLDERS["text-classification"]())
+    result = taut("run", "text-classification", folder, "good", "", "the man " * 40, *CPU)
+    assert result.exit_code == 1 and "good: " in result.stdout and '"": ' in result.stdout
+    assert "...: the text has 82 tokens" in result.stderr and "truncation=True" in result.stderr
+    result = taut("run", "audio-classification", str(classifier()), "none.wav", *SOUNDS, *CPU)
+    assert result.exit_code == 1 and "\nerror: none.wav: no such file" in f"\n{result.stderr}"
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def test_results_are_those_of_transformers(task, source, options):
     same(pipe(Path(pictures()[0]), **options), want[0])
     opened = [Image.open(path) for path in pictures()]
     same(pipe(opened[1], **options), want[1])
+    for mode in ("RGBA", "L", "P"):
+        same(pipe(opened[1].convert(mode), **options), reference(opened[1].convert(mode), **options))
     same(list(pipe(iter(opened), batch_size=2, **options)), want)
     array = np.asarray(opened[1])
     same(pipe(array, **options), want[1])

@@ -72,6 +72,15 @@ def clips(rate: int = RATE) -> list[np.ndarray]:
     return found
 
 
+@functools.cache
+def files() -> list[str]:
+    """`clips` as files."""
+    paths = [str(folder() / f"{index}.wav") for index in range(len(clips()))]
+    for path, clip in zip(paths, clips(), strict=True):
+        soundfile.write(path, clip, RATE, subtype="FLOAT")
+    return paths
+
+
 @pytest.mark.parametrize(
     ("task", "source", "options"),
     [

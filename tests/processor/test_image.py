@@ -145,6 +145,8 @@ BAD = {
     "cut": (image_bytes(picture(60, 60), "JPEG")[:700], "damaged .*truncated"),
     "empty": (b"", "0 bytes is not an image"),
     "no-file": ("nowhere/cat.png", "nowhere/cat.png: no such file"),
+    "folder": (".", r"\.: a folder, not a file"),
+    "address": ("http://127.0.0.1:1/cat.png", "http://127.0.0.1:1/cat.png can't be downloaded"),
     "data": ("data:image/png;base64,###", "data:image/png;base64: the rest is not base64"),
     "grey": (picture(9, 9, "L"), "1 channel.*image_mean has 3.*do_convert_rgb=True"),
     "range": (

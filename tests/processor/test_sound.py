@@ -137,8 +137,12 @@ BAD = {
     "nothing": (np.zeros(0), "no samples"),
     "nan": (np.array([0.0, np.nan, 1.0]), "sample 1 of the sound is nan"),
     "stereo": (np.zeros((2, 3, 4)), r"one channel, \[samples\], and this array is \[2, 3, 4\]"),
-    "dict": ({"array": CLIPS[0]}, "this one has array"),
+    "folder": (".", r"\.: a folder, not a file"),
+    "address": ("http://127.0.0.1:1/a.wav", "http://127.0.0.1:1/a.wav can't be downloaded"),
+    "dict": ({"array": CLIPS[0], "raw": None}, "this one has array$"),
+    "rate": ({"array": CLIPS[0], "sampling_rate": 0}, "sampling_rate is 0; expected samples a second"),
     "kind": (object(), "not object"),
+    "number": (3, "a sound is a path, an address, bytes, .* not int"),
 }
 
 
