@@ -126,28 +126,44 @@ def test_every_family_computes_with_its_packed_weights(case, name, same_experts)
             close(got, want)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("attention", "device", "dtype"),
+    [
+        ("sdpa", "cpu", torch.float32),
+        ("eager", "cpu", torch.float32),
+        pytest.param("flash_attention_2", "cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+    ids=["sdpa", "eager", "flash"],
+)
 @every_case
 @pytest.mark.parametrize("name", ["nf4-double", "int8"])
-def test_padded_batches_attention_and_streaming_combine(case, name, attention):
+def test_padded_batches_attention_and_streaming_combine(case, name, attention, device, dtype):
     if attention == "sdpa" and case.name == "gemma2":
         pytest.skip("scaled_dot_product_attention has no soft-cap")
-    model = load(checkpoint(case), quantization_config=config(name), attn_implementation=attention)
-    rows = [prompt(9, 1), prompt(4, 2)]
-    ids, mask = torch.zeros(2, 10, dtype=torch.int64), torch.zeros(2, 10, dtype=torch.int64)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint(case),
+        dtype=dtype,
+        device=device,
+        quantization_config=config(name),
+        attn_implementation=attention,
+    )
+    rows = [prompt(9, 1).to(device), prompt(4, 2).to(device)]
+    ids, mask = (torch.zeros(2, 10, dtype=torch.int64, device=device) for _ in range(2))
     for row, one in enumerate(rows):
         ids[row, 10 - one.shape[1] :], mask[row, 10 - one.shape[1] :] = one, 1
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     together = logits(model, ids, attention_mask=mask)
     for row, one in enumerate(rows):
-        alone = logits(model, one)[0]
-        if name == "int8":  # a row's neighbours decide which columns are outliers
-            assert off(together[row, -one.shape[1] :], alone) < 0.05
+        alone, got = logits(model, one)[0], together[row, -one.shape[1] :]
+        if dtype is torch.float16:  # a router may choose otherwise for some token
+            assert ((got - alone).norm(dim=1) / alone.norm(dim=1)).median() < 0.05
+        elif name == "int8":  # a row's neighbours decide which columns are outliers
+            assert off(got, alone) < 0.05
         else:
-            close(together[row, -one.shape[1] :], alone)
+            close(got, alone)
     made = model.generate(input_ids=ids, attention_mask=mask, **options)
     assert made.shape == (2, 15)
-    if name != "int8":
+    if name != "int8" and dtype is torch.float32:
         for row, one in enumerate(rows):
             assert (
                 made[row, 10:].tolist()

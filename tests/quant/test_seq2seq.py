@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,32 @@ def test_both_stacks_compute_with_packed_weights_and_keep_every_byte(case, name,
     load(tmp_path / "twice").save_pretrained(tmp_path / "third")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["nf4-double", "int8"])
+@every_kind
+def test_padded_batches_attention_and_streaming_combine(case, name, attention):
+    model = load(checkpoint(case, AUTO), quantization_config=config(name), attn_implementation=attention)
+    rows, target = [ids(9, 1), ids(4, 2)], ids(6, 3)
+    source, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
+    for row, one in enumerate(rows):
+        source[row, : one.shape[1]], mask[row, : one.shape[1]] = one, 1
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "forced_eos_token_id": None}
+    with torch.no_grad():
+        together = model(source, attention_mask=mask, decoder_input_ids=target.repeat(2, 1)).logits
+        made = model.generate(source, attention_mask=mask, **options)
+        for row, one in enumerate(rows):
+            alone = model(one, decoder_input_ids=target).logits[0]
+            if name == "int8":  # a row's neighbours decide which columns are outliers
+                assert off(together[row], alone) < 0.05
+                continue
+            close(together[row], alone)
+            assert torch.equal(made[row], model.generate(one, **options)[0])
+    streamed: list[int] = []
+    streamer = SimpleNamespace(put=lambda new: streamed.extend(new.view(-1).tolist()), end=lambda: None)
+    whole = model.generate(rows[0], streamer=streamer, **options)
+    assert streamed[-5:] == whole[0, -5:].tolist()
 
 
 # Rows of whole blocks: bitsandbytes' CPU code dequantizes others wrongly.
