@@ -20,7 +20,7 @@ GOOD = {
 }
 
 BAD = [
-    ({"model_type": "lama"}, r"'model_type' is 'lama', which Taut does not know; nearest: .*llama"),
+    ({"model_type": "lama"}, r"^config.json: 'model_type' is 'lama', which Taut does not know; .*: .*llama"),
     ({"model_type": None}, r"'model_type' is missing"),
     ({"hidden_size": None}, r"'hidden_size' is missing \(an integer expected\)"),
     ({"hidden_size": "32"}, r"'hidden_size' is '32'; expected an integer"),

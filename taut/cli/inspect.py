@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from taut.checkpoint import Checkpoint, open_checkpoint
+from taut.checkpoint import Checkpoint, LazyTensor, open_checkpoint
+from taut.checkpoint.gguf_quants import FORMATS
 from taut.cli.facts import Facts, human_bytes, human_count
 from taut.config import UNBOUNDED, ModelConfig, Moe
 from taut.errors import TautError
@@ -27,8 +28,13 @@ from taut.hub import default_model, resolve
 from taut.models import read_config
 from taut.pipelines.tasks import tasks_of
 from taut.placement import pick_device, pick_dtype
-from taut.quant.choose import unpacked
+from taut.quant.choose import keeps_blocks, unpacked
+from taut.quant.config import BitsAndBytesConfig
+from taut.quant.stored import StoredMatrix, open_bitsandbytes, open_gguf_blocks
 from taut.tokenizer import AutoTokenizer
+
+# How many values of a GGUF block format take how many bytes, by the format's name.
+_BLOCKS = {kind.name: kind for kind in FORMATS.values() if kind.block > 1}
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head", "other")
 
@@ -77,14 +83,40 @@ class Part:
     bytes: int
 
 
-def parts(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Part]:
-    """Tensors, parameters and bytes in `dtype` of each part that has any, in the order of `PARTS`."""
+def held(
+    checkpoint: Checkpoint, dtype: torch.dtype, keep_blocks: bool
+) -> tuple[Mapping[str, LazyTensor], Mapping[str, int]]:
+    """The tensors of a model that is loaded in `dtype`, packed ones under their own shapes; and the bytes of
+    each, also of what lies beside packed ones in the file (their scales), by its name there."""
+    tensors, own = dict(checkpoint.tensors), checkpoint.config.get("quantization_config")
+    if own is not None:
+        config = BitsAndBytesConfig.of(own, f"{checkpoint.path}: quantization_config")
+        tensors = open_bitsandbytes(checkpoint.tensors, config, dtype)
+    elif keep_blocks:
+        tensors = open_gguf_blocks(checkpoint.tensors)
+    sizes: dict[str, int] = {}
+    for name in {**checkpoint.tensors, **tensors}:
+        if name in tensors and not isinstance(tensors[name], StoredMatrix):
+            sizes[name] = prod(tensors[name].shape) * dtype.itemsize
+        else:
+            sizes[name] = _stored(checkpoint.tensors[name])
+    return tensors, sizes
+
+
+def _stored(tensor: LazyTensor) -> int:
+    """Bytes of a tensor in its file."""
+    kind = _BLOCKS.get(getattr(tensor, "block_format", None))
+    count = prod(tensor.shape)
+    return count * tensor.dtype.itemsize if kind is None else count // kind.block * kind.size
+
+
+def parts(tensors: Mapping[str, LazyTensor], sizes: Mapping[str, int]) -> dict[str, Part]:
+    """Tensors, parameters and bytes of each part that has any, in the order of `PARTS`; see `held`."""
     found: dict[str, Part] = {}
-    for tensor in checkpoint.tensors.values():
-        count = prod(tensor.shape)
-        name = part_of(tensor.name)
-        old = found.get(name, Part(0, 0, 0))
-        found[name] = Part(old.tensors + 1, old.parameters + count, old.bytes + count * dtype.itemsize)
+    for name, size in sizes.items():
+        count = (1, prod(tensors[name].shape)) if name in tensors else (0, 0)
+        old = found.get(part_of(name), Part(0, 0, 0))
+        found[part_of(name)] = Part(old.tensors + count[0], old.parameters + count[1], old.bytes + size)
     return {name: found[name] for name in PARTS if name in found}
 
 
@@ -147,8 +179,10 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
     config = read_config(checkpoint.config, f"{path}: config")
     stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values()).most_common()
     checkpoint = unpacked(checkpoint)
-    loaded = pick_dtype(dtype, config, checkpoint, pick_device("auto"))
-    sizes = parts(checkpoint, loaded)
+    device = pick_device("auto")
+    loaded = pick_dtype(dtype, config, checkpoint, device)
+    tensors, held_bytes = held(checkpoint, loaded, keeps_blocks(checkpoint, dtype, loaded, device))
+    sizes = parts(tensors, held_bytes)
     per_token = kv_bytes_per_token(config, loaded)
     context = None if config.context == UNBOUNDED else config.context
     encoder = None if config.pairing is None else config.pairing.encoder
@@ -159,6 +193,7 @@ def describe(path: Path, dtype: str) -> dict[str, Any]:
         "tasks": tasks_of(config),
         "parameters": sum(part.parameters for part in sizes.values()),
         "dtype": str(loaded).removeprefix("torch."),
+        "packed_tensors": sum(isinstance(tensor, StoredMatrix) for tensor in tensors.values()),
         "tensor_dtypes": {str(kind).removeprefix("torch."): count for kind, count in stored},
         "file_bytes": _file_bytes(path),
         "memory_bytes": {
@@ -290,7 +325,8 @@ def show(facts: dict[str, Any]) -> None:
     row("tasks", ", ".join(facts["tasks"]) or "none that taut run does")
     row("parameters", f"{facts['parameters']:,} ({human_count(facts['parameters'])})")
     row("files", human_bytes(facts["file_bytes"]))
-    row("dtype", f"{facts['dtype']} once loaded")
+    packed = facts["packed_tensors"]
+    row("dtype", f"{facts['dtype']} once loaded" + (f"; {packed} matrices stay packed" if packed else ""))
     row("tensors", f"{sum(part['tensors'] for part in facts['parts'].values())}")
     encoder = config["encoder_layer_kinds"]
     deep = f"{config['layers']} layers"

@@ -37,7 +37,7 @@ from taut.modeling.plan import Plan, make_plan
 from taut.models import family, layouts, read_config, stem
 from taut.placement import pick_device, pick_dtype
 from taut.quant.base import Packed, Stack
-from taut.quant.choose import asked, choose, unpacked
+from taut.quant.choose import asked, choose, keeps_blocks, unpacked
 from taut.quant.config import BitsAndBytesConfig
 from taut.weights import Rule
 
@@ -301,9 +301,6 @@ class PreTrainedModel(nn.Module):
         checkpoint = replace(checkpoint, tensors=tensors)
         mapping = weights.fitting(model, known, tensors)
         layout = weights.layout(model, mapping)
-        # Products of packed blocks are fast where there are kernels for them.
-        like = torch.empty(0, dtype=kind, device=target)
-        keep = choice in ("auto", None) and compiled_refuses(like) is None
         packing = choose(
             checkpoint,
             wanted,
@@ -311,7 +308,7 @@ class PreTrainedModel(nn.Module):
             kind,
             heads=model.heads_on_disk(layout, prefix),
             tables=weights.embeddings(model, mapping),
-            keep_blocks=keep and bool(checkpoint.metadata),
+            keep_blocks=keeps_blocks(checkpoint, choice, kind, target),
         )
         ignored = (*_IGNORED, *getattr(family(config.model_type), "IGNORED", ()), *model.ignored())
         with _progress(progress, str(name)) as report:

@@ -42,12 +42,14 @@ def families() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def family(model_type: str) -> ModuleType:
-    """The module of a `model_type`; `ConfigError` with the nearest names for an unknown one."""
+def family(model_type: str, source: str = "") -> ModuleType:
+    """The module of a `model_type`; `ConfigError` with the nearest names for an unknown one, which says that
+    `source` holds it."""
     known, name = families(), model_type.replace("-", "_")
     if name not in known:
+        where = f"{source}: " if source else ""
         raise ConfigError(
-            f"'model_type' is {model_type!r}, which Taut does not know{nearest(model_type, known)}; "
+            f"{where}'model_type' is {model_type!r}, which Taut does not know{nearest(model_type, known)}; "
             f"known: {', '.join(known)}"
         )
     return import_module(f"{__name__}.{name}")
@@ -56,7 +58,7 @@ def family(model_type: str) -> ModuleType:
 def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """The `ModelConfig` of a `config.json` (as a dict); `ConfigError` names the key that is wrong."""
     reader = Reader(data, source)
-    module = family(reader.str("model_type"))
+    module = family(reader.str("model_type"), source)
     config = replace(module.read(reader), kind=kind(module))
     return config if config.architecture else replace(config, architecture=module.ARCHITECTURE)
 

@@ -12,6 +12,7 @@ import torch
 from taut.checkpoint import Checkpoint, LazyTensor
 from taut.checkpoint.base import some
 from taut.errors import RequestError
+from taut.kernels.dispatch import compiled_refuses
 from taut.quant.config import BitsAndBytesConfig
 from taut.quant.mxfp4 import open_mxfp4
 from taut.quant.stored import (
@@ -64,6 +65,13 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return replace(checkpoint, config=config, tensors=open_mxfp4(checkpoint.tensors))
+
+
+def keeps_blocks(checkpoint: Checkpoint, choice: object, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GGUF file's 4- and 8-bit matrices stay packed where `choice` of a dtype came to `dtype`:
+    products of them are fast where there are kernels for them."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return choice in ("auto", None) and bool(checkpoint.metadata) and compiled_refuses(like) is None
 
 
 def choose(

@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import Result
 
+from taut.auto import AutoModelForCausalLM
 from taut.checkpoint import open_checkpoint
 from taut.cli.inspect import part_of
+from taut.hub import default_model
+from taut.models import read_config
 
 CONFIG = {
     "model_type": "qwen3",
@@ -128,6 +131,28 @@ def test_the_default_model(smollm: None, taut: Callable[..., Result]) -> None:
     assert found["tokenizer"]["vocabulary"] == found["config"]["vocab_size"] == 49152
     assert found["tokenizer"]["chat_template"] is True
     assert found["unused_config_keys"] == []
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "gguf"])
+def test_memory_of_packed_weights_is_what_the_loaded_model_takes(
+    kind: str, tmp_path: Path, taut: Callable[..., Result], request: pytest.FixtureRequest
+) -> None:
+    if kind == "gguf":
+        request.getfixturevalue("smollm")
+        name = default_model()
+    else:
+        name, shape = str(tmp_path / "packed"), {"hidden_size": 128, "intermediate_size": 256}
+        model = AutoModelForCausalLM.from_config(read_config(CONFIG | shape, "config")).init_weights()
+        model.save_pretrained(tmp_path)
+        AutoModelForCausalLM.from_pretrained(tmp_path, **{kind: True}).save_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    found = json.loads(taut("inspect", name, "--json").stdout)
+    # Files have the same table of 4-bit values beside each matrix, models once.
+    assert found["memory_bytes"]["weights"] == pytest.approx(model.get_memory_footprint(), rel=0.03)
+    assert found["packed_tensors"] == (211 if kind == "gguf" else 14) and model.is_quantized
+    if kind == "gguf":  # in a dtype that is asked for they are dense
+        found = json.loads(taut("inspect", name, "--json", "--dtype", "float32").stdout)
+        assert (found["memory_bytes"]["weights"], found["packed_tensors"]) == (4 * found["parameters"], 0)
 
 
 def test_no_weight_is_read(
