@@ -375,12 +375,17 @@ def _sdpa_dense(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
         q,
         k,
         v,
-        mask,
+        _for_all_rows(mask),
         is_causal=triangle and queries > 1,
         scale=scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2)
+
+
+def _for_all_rows(mask: Tensor | None) -> Tensor | None:
+    """A mask as all of PyTorch's kinds take it: flash attention on CPUs wants two dimensions or four."""
+    return mask[None] if mask is not None and mask.ndim == 3 else mask
 
 
 def _with_sinks(k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -430,7 +435,7 @@ def _sdpa_one_query(q: Tensor, scoring: Scoring, pages: Pages) -> Tensor:
         k, v, bias = _with_sinks(k, v, bias, scoring.sinks.view(kv_heads, -1, 1))
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     out = F.scaled_dot_product_attention(
-        q.view(rows, kv_heads, heads // kv_heads, dim), k, v, bias, scale=scoring.scale
+        q.view(rows, kv_heads, heads // kv_heads, dim), k, v, _for_all_rows(bias), scale=scoring.scale
     )
     return out.reshape(rows, heads, dim).to(kind)
 
