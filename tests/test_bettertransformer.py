@@ -18,6 +18,7 @@ from taut.layers.linear import Linear
 from tests import audio, encoders, families, images, seq2seq, speech_seq2seq
 from tests.engine.letters import ASCII, letters
 from tests.families import Case, checkpoint, oracle
+from tests.test_encoders import distance
 from tests.test_families import close, every_device
 
 IDS = torch.tensor([[7, 30, 4, 9, 88], [12, 5, 0, 0, 0], [3, 0, 41, 0, 0]])
@@ -39,6 +40,7 @@ MODELS = [
 ]
 LLAMA, BERT = (families.CASES[0], "AutoModelForCausalLM"), (encoders.CASES[0], "AutoModelForMaskedLM")
 every_model = pytest.mark.parametrize(("case", "head"), MODELS, ids=str)
+ENCODERS = ("MaskedLM", "ImageClassification", "CTC", "AudioClassification")
 
 
 def load(case: Case, head: str, **options):
@@ -75,6 +77,28 @@ def real_of(head: str) -> torch.Tensor:
 def parts(model) -> list[str]:
     """The fused projections of a model."""
     return [name for name, m in model.named_modules() if isinstance(m, Linear) and m.parts]
+
+
+@pytest.mark.parametrize(("case", "head"), [m for m in MODELS if m[1].endswith(ENCODERS)], ids=str)
+def test_gradients_equal_the_oracles_and_in_bfloat16_are_off_by_no_more_than_twice_theirs(
+    case, head, tmp_path
+):
+    def gradients(model) -> dict[str, torch.Tensor]:
+        inputs = {n: v.to(model.dtype) if v.is_floating_point() else v for n, v in given(head).items()}
+        model(**inputs, labels=labels_of(head)).loss.backward()
+        with torch.no_grad():  # so that saving gives gradients under the files' names
+            for param in model.parameters():
+                param.copy_(torch.zeros_like(param) if param.grad is None else param.grad)
+        model.save_pretrained(tmp_path)
+        return load_file(tmp_path / "model.safetensors")
+
+    kind = torch.bfloat16
+    exact = gradients(oracle(case, auto=head))
+    ours, theirs = (gradients(m) for m in (load(case, head, dtype=kind), oracle(case, kind, auto=head)))
+    single = gradients(load(case, head))
+    assert single.keys() == ours.keys() == exact.keys()
+    errors = [distance([(got[name], exact[name]) for name in exact]) for got in (single, ours, theirs)]
+    assert errors[0] < 1e-4 and errors[1] <= 2 * errors[2]
 
 
 @every_model

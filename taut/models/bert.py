@@ -80,6 +80,7 @@ def encoder(r: Reader, **changes: Any) -> ModelConfig:
         "heads": Heads(pooler=Transform("tanh"), masked=Transform(act, norm)),
         "head_bias": True,
         "tied": r.bool("tie_word_embeddings", True),
+        "padding": r.int("pad_token_id", 0, minimum=0),
     }
     return finish(r, norm=None, **(fields | changes))
 

@@ -60,4 +60,5 @@ def read(r: Reader) -> ModelConfig:
         heads=Heads(masked=Transform(act, norm), sequence=Transform("relu")),
         head_bias=True,
         tied=r.bool("tie_word_embeddings", True),
+        padding=r.int("pad_token_id", 0, minimum=0),
     )

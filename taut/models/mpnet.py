@@ -41,7 +41,14 @@ def read(r: Reader) -> ModelConfig:
         replace(layer, attn=replace(layer.attn, relative=relative))
         for layer in post_norm_layers(r, activation(r, "hidden_act", default="gelu"))
     ]
-    positions = behind_padding(r, 1)  # whatever the padding token is
+    padding = 1  # whatever the config says
+    positions = behind_padding(r, padding)
     return encoder(
-        r, layers=layers, positions=positions, context=positions.count, features=(), heads=heads(r)
+        r,
+        layers=layers,
+        positions=positions,
+        context=positions.count,
+        features=(),
+        heads=heads(r),
+        padding=padding,
     )

@@ -13,8 +13,9 @@ RULES = (*EMBEDDINGS, *BLOCKS, Rename("roberta", "model"))
 
 
 def read(r: Reader) -> ModelConfig:
-    positions = behind_padding(r, r.int("pad_token_id", 1, minimum=0))
-    return encoder(r, positions=positions, context=positions.count, heads=heads(r))
+    padding = r.int("pad_token_id", 1, minimum=0)
+    positions = behind_padding(r, padding)
+    return encoder(r, positions=positions, context=positions.count, heads=heads(r), padding=padding)
 
 
 def heads(r: Reader) -> Heads:
