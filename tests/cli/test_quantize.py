@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from typer.testing import CliRunner
 
 import taut
 from taut import AutoModelForCausalLM
 from taut.cli.app import app
+from taut.quant.config import named
 from tests.families import CASES, checkpoint
 from tests.pipelines import test_sounds as sounds
 from tests.pipelines.test_images import pictures, vit
@@ -115,6 +119,28 @@ def test_eval_measures_no_distance_from_itself_and_some_from_4_bit(model):
     assert same["perplexity"] == same["against_perplexity"]
     assert four["kl_mean"] > eight["kl_mean"] > 0 and four["kl_p99"] > four["kl_mean"]
     assert four["tokens"] == same["tokens"] > 1000
+
+
+def test_eval_gives_the_figures_that_their_names_promise(model, tmp_path):
+    text = "some words to predict, enough of them"
+    (tmp_path / "text").write_text(text)
+    words = ("eval", model, "--against", model, "--load-in", "4bit", "--text", tmp_path / "text")
+    found = json.loads(run(*words, "--device", "cpu", "--json").stdout)
+    ids = torch.tensor([[ord(letter) - 32 for letter in text]])
+    plain, packed = (
+        AutoModelForCausalLM.from_pretrained(model, quantization_config=config)(ids).logits[0, :-1].float()
+        for config in (None, named("nf4"))
+    )
+    distance = F.kl_div(packed.log_softmax(-1), plain.softmax(-1), reduction="none").sum(-1)
+    want = {
+        "tokens": len(text) - 1,
+        "perplexity": F.cross_entropy(packed, ids[0, 1:]).exp().item(),
+        "against_perplexity": F.cross_entropy(plain, ids[0, 1:]).exp().item(),
+        "kl_mean": distance.mean().item(),
+        "kl_p99": np.percentile(distance.detach().numpy(), 99),
+        "top1_agreement": (plain.argmax(-1) == packed.argmax(-1)).float().mean().item(),
+    }
+    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-4)
 
 
 def test_eval_of_a_text_prints_its_figures(model, tmp_path):

@@ -151,3 +151,11 @@ def test_tensors_that_do_not_fit_the_state_are_refused(name):
     assert blockwise.read("q", _getters(tensors), state).codes.numel() == 2048
     with pytest.raises(CheckpointError, match="q: "):
         blockwise.read("q", _getters(tensors | {name: tensors[name][:-1]}), state)
+
+
+@pytest.mark.parametrize("name", ["weight.quant_map", "weight.nested_quant_map"])
+def test_tables_of_other_values_are_refused(name):
+    tensors = Blockwise.pack(weight((64, 64)), "nf4", 64, True).stored(torch.float32)
+    state = blockwise.parse_state("q", "nf4", tensors.pop("weight.quant_state.bitsandbytes__nf4"))
+    with pytest.raises(CheckpointError, match=f"q: '{name}' is not the"):
+        blockwise.read("q", _getters(tensors | {name: tensors[name] * 0.5}), state)

@@ -317,14 +317,16 @@ def test_each_experts_matrices_are_packed_as_bitsandbytes_packs_them(name, tmp_p
     assert off(logits(older, prompt(11)), want) < 0.5
 
 
-def test_transformers_config_and_dicts_are_taken_as_they_are():
+def test_transformers_config_and_dicts_are_taken_as_they_are(tmp_path):
     wanted = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
     )
     one = load(aligned("Llama"), quantization_config=wanted)
     two = load(aligned("Llama"), quantization_config=wanted.to_dict())
     assert one.quantization_config == two.quantization_config
-    assert one.model.layers[0].self_attn.o_proj.packed.compute is torch.bfloat16
+    one.save_pretrained(tmp_path)
+    for model in (one, load(tmp_path)):
+        assert model.model.layers[0].self_attn.o_proj.packed.compute is torch.bfloat16
     close(
         logits(one, prompt(5)), logits(theirs(aligned("Llama"), quantization_config=wanted), prompt(5)), 0.03
     )
