@@ -22,6 +22,8 @@ def pick_device(where: Any) -> torch.device:
         where = where[""]
     if where in ("auto", "balanced", "sequential"):
         where = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(where, int) and not isinstance(where, bool):
+        where = f"cuda:{where}"
     try:
         device = torch.device("cpu" if where is None else where)
     except (RuntimeError, TypeError):

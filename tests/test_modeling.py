@@ -88,8 +88,11 @@ def test_what_is_wrong_with_a_config_is_named(folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named(folder):
-    with pytest.raises(RequestError, match="'cuda:3', but this PyTorch sees no CUDA GPU; use device='cpu'"):
-        AutoModelForCausalLM.from_pretrained(folder, device="cuda:3")
+    for place in ({"device": "cuda:3"}, {"device_map": {"": 3}}, {"device_map": 3}):
+        with pytest.raises(
+            RequestError, match="'cuda:3', but this PyTorch sees no CUDA GPU; use device='cpu'"
+        ):
+            AutoModelForCausalLM.from_pretrained(folder, **place)
 
 
 def _edit_config(folder, **changes):

@@ -55,7 +55,7 @@ def refuses(x: Tensor, weight: Tensor) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype != x.dtype:
         return f"wants float16 or bfloat16 for both; x is {x.dtype}, the weight {weight.dtype}"
     if x.ndim != 2 or not 0 < x.shape[0] <= WINNING_ROWS:
-        return f"wants 1 to {WINNING_ROWS} rows; x is {list(x.shape)}"
+        return f"wants 1 to {WINNING_ROWS} rows; there are {x.shape[0]}"
     if not weight.is_contiguous() or weight.shape[1] % 16:
         return f"wants a contiguous weight with inputs divisible by 16; it is {list(weight.shape)}"
     return None

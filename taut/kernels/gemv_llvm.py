@@ -244,7 +244,7 @@ def refuses(x: Tensor, weight: Format) -> str | None:
     if (why := compiled_refuses(x)) is not None:
         return why
     if x.ndim != 2 or not 0 < x.shape[0] <= weight.most:
-        return f"wants 1 to {weight.most} rows; x is {list(x.shape)}"
+        return f"wants 1 to {weight.most} rows; there are {x.shape[0]}"
     if x.shape[1] % weight.step:
         return f"wants inputs divisible by {weight.step}; there are {x.shape[1]}"
     return None

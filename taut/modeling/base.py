@@ -105,8 +105,11 @@ class PreTrainedModel(nn.Module):
         yield from self.buffers()
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters, a tied head counted once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        """Number of parameters, a tied head counted once. What is held packed counts as what it stands for,
+        and can't be trained."""
+        dense = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        packed = (m for m in self.modules() if isinstance(m, Packed) and not isinstance(m, Stack))
+        return dense if only_trainable else dense + sum(m.out_features * m.in_features for m in packed)
 
     def newly_initialised(self) -> list[str]:
         """Parameters that the checkpoint had no weights for, and that have to be trained."""

@@ -11,13 +11,12 @@ import torch
 from taut.kernels import gemv, onednn
 from taut.kernels.attention import Call, KeyRows, Pages, explain
 from taut.kernels.dispatch import compiled_refuses, device_refuses, triton_refuses
+from taut.layers.linear import Linear
 from taut.layers.moe import MoeMlp
-from taut.layers.siblings import Siblings
 
 if TYPE_CHECKING:
     from taut.layers.attention import Attention, CrossAttention
     from taut.layers.block import Block
-    from taut.layers.linear import Linear
     from taut.layers.moe import Experts
     from taut.modeling.base import PreTrainedModel
 
@@ -55,7 +54,7 @@ class Plan:
         for c in self.choices:
             layers = str(c.first) if c.first == c.last else f"{c.first}-{c.last}"
             reasons = "\n".join(f"{name}: {why}" for name, why in c.passed)
-            table.add_row(f"{c.stack} {layers}".lstrip(), c.op, c.chosen, reasons)
+            table.add_row(f"{c.stack} {layers}".lstrip(), c.op.replace(": ", ":\n"), c.chosen, reasons)
         console = Console(width=110)
         with console.capture() as text:
             console.print(table)
@@ -117,8 +116,8 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
     return {
         "norm, rotation": [triton, ("llvm", compiled_refuses(x)), ("reference", None)],
         "activation by itself": [triton, ("reference", None)],
-        "products of 1 row": _products(x, attn.qkv_proj, 1),
-        "products of 512 rows": _products(x, attn.qkv_proj, 512),
+        **_products(x, block, 1),
+        **_products(x, block, 512),
         **experts,
         "attention of even rows": _attention(model, attn, 512, rows=1),
         "attention of uneven rows": _attention(model, attn, 512, rows=2),
@@ -171,12 +170,26 @@ def _experts(x: torch.Tensor, experts: Experts) -> list[Offer]:
     return [*offers, ("unpacked, one grouped product", grouped), ("a product for each expert in use", None)]
 
 
-def _products(x: torch.Tensor, linear: Linear | Siblings, rows: int) -> list[Offer]:
-    if isinstance(linear, Siblings):
-        linear = next(iter(linear.parts.values()))
+def _products(x: torch.Tensor, block: Block, rows: int) -> dict[str, list[Offer]]:
+    """The products of a block's linear layers: a line for all, or one for those that run alike."""
+    alike: list[tuple[list[Offer], list[str]]] = []
+    for name, linear in block.named_modules():
+        if isinstance(linear, Linear):
+            offers, word = _product(x, linear, rows), name.rpartition(".")[2]
+            names = next((names for known, names in alike if known == offers), None)
+            if names is None:
+                alike.append((offers, [word]))
+            elif word not in names:
+                names.append(word)
+    op = f"products of {rows} row{'s' if rows > 1 else ''}"
+    return {op if len(alike) == 1 else f"{op}: {', '.join(names)}": offers for offers, names in alike}
+
+
+def _product(x: torch.Tensor, linear: Linear, rows: int) -> list[Offer]:
+    x = x.new_empty(1, linear.in_features).expand(rows, -1)
     if linear.packed is not None:
-        return [(linear.packed.runs_on(x.expand(rows, -1)), None)]
-    weight, x = linear.weight, x.expand(rows, -1)
+        return [(linear.packed.runs_on(x), None)]
+    weight = linear.weight
     if x.is_cuda:
         why = device_refuses(x.device) or gemv.refuses(x, weight)
         if why is None and rows > gemv.WINNING_ROWS:

@@ -11,9 +11,9 @@ import torch
 
 from taut.checkpoint import Checkpoint, LazyTensor
 from taut.checkpoint.base import some
-from taut.errors import RequestError
+from taut.errors import RequestError, nearest
 from taut.kernels.dispatch import compiled_refuses
-from taut.quant.config import BitsAndBytesConfig
+from taut.quant.config import HEADS, BitsAndBytesConfig
 from taut.quant.mxfp4 import open_mxfp4
 from taut.quant.stored import (
     AsStored,
@@ -105,6 +105,7 @@ def choose(
             f"{checkpoint.path} is quantized already ({', '.join(sorted(blocks))}); quantizing it again to "
             f"{wanted.format} would only lose more: leave the option out, or start from the 16-bit model"
         )
+    _known(checkpoint, wanted, heads)
     if wanted.llm_int8_skip_modules is None and heads:
         wanted = replace(wanted, llm_int8_skip_modules=list(heads))
     packed = [name for name in linears if not wanted.skips(name.removesuffix(".weight"))]
@@ -114,6 +115,24 @@ def choose(
             + (f": llm_int8_skip_modules leaves out all {len(linears)}" if linears else "")
         )
     return Choice(checkpoint.tensors, dict.fromkeys(packed, Quantize(wanted)), wanted)
+
+
+def _known(checkpoint: Checkpoint, wanted: BitsAndBytesConfig, heads: Collection[str]) -> None:
+    """Warn of what is to be left out and is nowhere: it would be packed without a word."""
+    modules = {name.rpartition(".")[0] for name in checkpoint.tensors} | {*HEADS, *heads}
+    for pattern in wanted.llm_int8_skip_modules or ():
+        only = replace(wanted, llm_int8_skip_modules=[pattern])
+        if not any(only.skips(module) for module in modules):
+            warnings.warn(
+                f"llm_int8_skip_modules: {pattern!r} is neither the name of a module of {checkpoint.path}, "
+                f"nor the beginning or end of one: it leaves nothing out{nearest(pattern, _ends(modules))}",
+                stacklevel=4,
+            )
+
+
+def _ends(modules: Collection[str]) -> list[str]:
+    """The last words of names."""
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 def _own(

@@ -17,6 +17,8 @@ _DTYPES = {
     for dtype in (torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.uint8)
 }
 
+HEADS = ("lm_head", "embed_out")  # what stays dense where nothing is named
+
 
 @dataclass(frozen=True)
 class BitsAndBytesConfig:
@@ -119,7 +121,7 @@ class BitsAndBytesConfig:
         wanted = self.bnb_4bit_compute_dtype
         return None if not self.load_in_4bit or wanted is torch.float32 else wanted
 
-    def skips(self, module: str, heads: tuple[str, ...] = ("lm_head", "embed_out")) -> bool:
+    def skips(self, module: str, heads: tuple[str, ...] = HEADS) -> bool:
         """Whether the module of this name stays in 16 bit."""
         if self.llm_int8_skip_modules is None:
             return module in heads

@@ -356,6 +356,30 @@ def test_modules_are_left_out_by_name_and_the_head_is_packed_when_not_named(tmp_
     assert torch.equal(logits(load(tmp_path), prompt(9)), logits(model, prompt(9)))
 
 
+def test_a_name_that_leaves_nothing_out_is_said():
+    options = {**FORMATS["nf4"], "llm_int8_skip_modules": ["q_porj", "lm_head", "down_proj"]}
+    with pytest.warns(UserWarning, match="'q_porj' is neither .*nearest: q_proj") as found:
+        load(checkpoint(CASES[0]), quantization_config=BitsAndBytesConfig(**options))
+    assert len(found) == 1
+
+
+def test_packed_weights_count_as_the_parameters_that_they_stand_for():
+    for case in (CASES[0], next(case for case in CASES if case.name == "mixtral")):
+        model, dense = load(checkpoint(case), quantization_config=config("nf4")), load(checkpoint(case))
+        assert model.num_parameters() == dense.num_parameters()
+        assert model.num_parameters(only_trainable=True) < dense.num_parameters()
+
+
+def test_the_plan_tells_packed_products_from_others():
+    skip = BitsAndBytesConfig(**FORMATS["nf4"], llm_int8_skip_modules=["o_proj", "lm_head"])
+    model = load(aligned("Llama"), quantization_config=skip)
+    lines = {c.op: c.chosen for c in model.plan().choices if "products of 512 rows" in c.op}
+    packed, dense = "qkv_proj, gate_up_proj, down_proj", "o_proj"
+    assert lines.keys() == {f"products of 512 rows: {names}" for names in (packed, dense)}
+    assert lines[f"products of 512 rows: {packed}"].startswith("nf4: unpacked, then dense")
+    assert "nf4" not in lines[f"products of 512 rows: {dense}"]
+
+
 def test_moving_and_casting_a_packed_model():
     model = load(checkpoint(CASES[0]), quantization_config=config("nf4"))
     want = logits(model, prompt(8))
