@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def test_subjects_take_turns_after_two_uncounted_runs() -> None:
 def test_a_decode_counts_the_tokens_after_the_fourth() -> None:
     (point,) = run(Case("decode", 3, 8, new_tokens=14), Fake("a", []))
     assert point.samples == [3 * 10 / 0.5] * 3 and point.median == 60.0
+
+
+def test_a_forward_is_timed_in_milliseconds() -> None:
+    slow = Fake("a", [])
+    slow.forward = lambda inputs: time.sleep(0.03)
+    (point,) = run(Case("forward", 1, 4), slow)
+    assert point.low >= 30
 
 
 FAILURES = [

@@ -325,6 +325,7 @@ def test_transformers_config_and_dicts_are_taken_as_they_are(tmp_path):
     two = load(aligned("Llama"), quantization_config=wanted.to_dict())
     assert one.quantization_config == two.quantization_config
     one.save_pretrained(tmp_path)
+    assert load(aligned("Llama"), load_in_4bit=True).model.layers[0].self_attn.o_proj.packed.compute is None
     for model in (one, load(tmp_path)):
         assert model.model.layers[0].self_attn.o_proj.packed.compute is torch.bfloat16
     close(
