@@ -18,6 +18,8 @@ from taut.quant.base import Packed
 NAMES = ("SCB", "weight_format")
 _ROW_FORMAT = 0  # bitsandbytes' "row"; its others are layouts of older GPUs that newer versions don't write
 
+_CHUNK = 1 << 24  # values quantized at a time, which bounds the temporaries
+
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """int8 `[rows, n]` and each row's largest magnitude, float32 `[rows]`: `values = q * largest / 127`."""
@@ -51,7 +53,9 @@ class Int8(Packed):
     @classmethod
     def pack(cls, weight: Tensor, threshold: float) -> Int8:
         """Quantize `weight` `[out, in]`, through float16 as bitsandbytes does, where it is."""
-        return cls(*quantize_rows(weight.detach().half()), threshold)
+        some = weight.detach().split(max(1, _CHUNK // weight.shape[1]))
+        values, scales = zip(*(quantize_rows(rows.half()) for rows in some), strict=True)
+        return cls(torch.cat(values), torch.cat(scales), threshold)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         if device_refuses(self.values.device) is None:

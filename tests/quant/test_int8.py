@@ -27,6 +27,14 @@ def test_every_byte_is_the_oracles(dtype):
         assert torch.equal(packed.values, values) and torch.equal(packed.scale, scale)
 
 
+def test_chunks_give_the_bytes_of_the_whole(monkeypatch):
+    w = torch.randn(37, 50)
+    whole = Int8.pack(w, 6.0)
+    monkeypatch.setattr(int8, "_CHUNK", 500)
+    chunked = Int8.pack(w, 6.0)
+    assert torch.equal(chunked.values, whole.values) and torch.equal(chunked.scale, whole.scale)
+
+
 def test_a_row_of_zeros_stays_zero():
     packed = Int8.pack(torch.zeros(2, 8), 6.0)
     assert not packed.dequantize(torch.float32).any()
