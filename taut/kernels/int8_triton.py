@@ -23,14 +23,14 @@ CAPACITY = 128
 def _find(x, flags, rows, inputs, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Set the flags `[inputs]` of columns in which some value reaches the threshold."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.float32)
+    most = tl.zeros([16, BLOCK], tl.float32)
     first = tl.program_id(1) * ROWS
     for start in range(first, tl.minimum(first + ROWS, rows), 16):
         row = start + tl.arange(0, 16)
         inside = (row < rows)[:, None] & (k < inputs)[None, :]
         v = tl.load(x + row.to(tl.int64)[:, None] * inputs + k[None, :], mask=inside, other=0.0)
-        most = tl.maximum(most, tl.max(tl.abs(v.to(tl.float32)), 0))
-    tl.atomic_or(flags + k, 1, mask=(k < inputs) & (most >= threshold))
+        most = tl.maximum(most, tl.abs(v.to(tl.float32)))
+    tl.atomic_or(flags + k, 1, mask=(k < inputs) & (tl.max(most, 0) >= threshold))
 
 
 @triton.jit

@@ -246,7 +246,8 @@ def test_compiles():
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_sweep_on_a_device(dtype):
     for case in CASES.values():
-        agree(case, dtype, "cuda", gradients=True)
+        # Rounded to bfloat16, a few inputs of a limited gate cross the limit, where the gradient has a step.
+        agree(case, dtype, "cuda", gradients=case.limit is None or dtype is not torch.bfloat16)
         agree(case, dtype, "cuda", gradients=False)
     big = Case(1, 128, 8, dim=2048, hidden=768)
     for tokens, case in product((1, 5, 33, 300, 1111), (big, replace(big, experts=8, chosen=2, hidden=1000))):
