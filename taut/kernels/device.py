@@ -31,11 +31,10 @@ def dependent_launch(device: torch.device) -> bool:
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keywords of a kernel that calls `griddepcontrol` under its constexpr `PDL`.
 
-    Every program of such a kernel first lets the next kernel start, and before it touches what an earlier one
-    writes, in any case before it ends, waits for the kernel ahead, which has waited too. So many kernels may
-    be under way at once, and what runs before a wait can ask for weights while they compute. Slots, lengths,
-    page tables and angles are read there as well: a kernel that writes these must not let the next one start
-    early, so that none behind it has begun.
+    Every program of such a kernel waits for the kernel ahead of it before it touches what that one writes,
+    and in any case before it ends; only then does it let the next one start. So whatever runs before the
+    wait sees all writes but those of the kernel just ahead; weights, slots, lengths, page tables and angles
+    are read there, and a kernel that writes these must not let the next one start early.
     """
     return {"PDL": True, "launch_pdl": True} if dependent_launch(device) else {"PDL": False}
 

@@ -67,8 +67,8 @@ def _by_hand(
     if ACT != "":
         ahead_up = _load_weight(ups, k[None, :], K, EVEN)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     # Eight neighbours of a weight row are one thread's: they are added before the sums are kept.
     totals = ()
     totals_up = ()
@@ -181,8 +181,8 @@ def _by_tensor_cores(
     rows = weight + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
     ups = rows + tl.cast(N, tl.int64) * K
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     real = m < M
     source = x + m[:, None] * K + k[None, :]
     if X_FIRST:

@@ -97,8 +97,8 @@ def _product(
 ):  # fmt: skip
     """One tile of rows against BN rows of its expert's matrix (with ACT: of its gate and its up half)."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     expert, inside, read, write = find_tile(tile_expert, tile_row, offsets, order, GATHER, SCATTER, BM)
     if expert < 0:
         return

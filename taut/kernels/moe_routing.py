@@ -49,8 +49,8 @@ def _route(
 ):  # fmt: skip
     """Shares of the best experts of one token, best first, and which they are."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
     s = tl.load(scores + token * row + e, mask=e < experts, other=float("-inf")).to(tl.float32)
@@ -87,8 +87,8 @@ def _arrange(
 ):  # fmt: skip
     """All of a `Plan` in one program: a row's place is how many come before it."""
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     i = tl.arange(0, BLOCK)
     e = tl.arange(0, EXPERTS)
     mine = tl.load(chosen + i, mask=i < rows, other=0).to(tl.int32)
@@ -116,8 +116,8 @@ def _map(
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     e = tl.arange(0, EXPERTS)
     before = tl.load(offsets + e, mask=e < experts, other=0)
     count = tl.load(offsets + e + 1, mask=e < experts, other=0) - before
@@ -177,8 +177,8 @@ def _combine(
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < dim

@@ -47,8 +47,8 @@ def _forward(
     inside = (row < rows)[:, None] & wide[None, :]
     w = tl.load(weight + at, mask=wide, other=0.0)[None, :]
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     place = (row // inner) * x_outer + (row % inner) * x_inner
     v = tl.load(x + place[:, None] + at[None, :], mask=inside, other=0.0)
     packed = row[:, None] * dim + at[None, :]

@@ -142,15 +142,6 @@ def _multiply(a, b, c, ASM: gl.constexpr):
 
 
 @gluon.jit
-def _ask(address, size):
-    """Have so many bytes brought into the L2 cache, a multiple of 16 from such an address on; none if not
-    above 0."""
-    asm: gl.constexpr = """{ .reg .pred p; setp.gt.s32 p, $2, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"""
-    gl.inline_asm_elementwise(asm, "=r,l,r", [address, size], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _codes(bases, at, BITS: gl.constexpr, TILES: gl.constexpr, PLACE: gl.constexpr):
     """The codes of one step: for each of the rows a thread works on, two words of eight, or four of four."""
     found = ()
@@ -317,13 +308,18 @@ def _product(
     begin = (gl.program_id(1) * WK + warp % WK) * steps
     end = gl.minimum(begin + steps, many)
     run = gl.minimum(begin, many - AHEAD)
-    # Codes and scales are known before the kernel ahead has ended; x is not. What registers have no room for
-    # is brought as near as the L2 cache meanwhile.
-    if PDL:
-        gdc_launch_dependents()
+    # Codes are known before the kernel ahead has ended; x is not.
     ahead = ()
     for i in gl.static_range(AHEAD):
         ahead += (_codes(bases, run.to(gl.int64) * (STEP * BITS // 8), BITS, TILES, i),)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    sources = ()
+    for i in gl.static_range(COLUMNS):
+        row = gl.minimum(quad + 8 * i, rows - 1).to(gl.int64)
+        sources += ((x + row * inputs + part * 16).to(gl.int64),)
+
     factors = ()
     if BITS == 4:
         for i in gl.static_range(2 * TILES):
@@ -331,16 +327,6 @@ def _product(
                 scales, table, nested, offset, blocks[i], run, begin < end, BLOCK, DOUBLE, AHEAD, WHOLE
             )
             factors += (some_scales,)
-    if PDL:
-        more = (end - begin - AHEAD) * (STEP * BITS // 8)
-        for i in gl.static_range(2 * TILES):
-            _ask(bases[i] + (begin + AHEAD).to(gl.int64) * (STEP * BITS // 8), gl.where(part == 0, more, 0))
-        gdc_wait()
-    sources = ()
-    for i in gl.static_range(COLUMNS):
-        row = gl.minimum(quad + 8 * i, rows - 1).to(gl.int64)
-        sources += ((x + row * inputs + part * 16).to(gl.int64),)
-
     # Loads come back in order: x would wait for the codes that were asked for before it. So it is loaded with
     # them, a run ahead, where there are registers for it.
     x_ahead = ()

@@ -147,7 +147,6 @@ def _decode(
     MERGE_S: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
-    AHEAD: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -179,16 +178,15 @@ def _decode(
         if PREFETCH != "":
             # All but the newest keys are there already: they are on their way while the kernel ahead ends.
             EACH: tl.constexpr = 32 * WARPS // BLOCK_N
+            n = first + tl.arange(0, BLOCK_N)
+            page = tl.load(pages + n // PAGE, mask=n < last, other=0).to(tl.int64)
             piece = (tl.arange(0, EACH) * (DIM // EACH))[None, :]
-            for n0 in range(first, tl.minimum(last, first + AHEAD * BLOCK_N), BLOCK_N):
-                n = n0 + tl.arange(0, BLOCK_N)
-                page = tl.load(pages + n // PAGE, mask=n < last, other=0).to(tl.int64)
-                k_at = page * k_page + (n % PAGE) * k_slot + kv_head * k_head
-                v_at = page * v_page + (n % PAGE) * v_slot + kv_head * v_head
-                _prefetch(keys + k_at[:, None] + piece, PREFETCH)
-                _prefetch(values + v_at[:, None] + piece, PREFETCH)
-        gdc_launch_dependents()
+            k_at = page * k_page + (n % PAGE) * k_slot + kv_head * k_head
+            v_at = page * v_page + (n % PAGE) * v_slot + kv_head * v_head
+            _prefetch(keys + k_at[:, None] + piece, PREFETCH)
+            _prefetch(values + v_at[:, None] + piece, PREFETCH)
         gdc_wait()
+        gdc_launch_dependents()
     if (block * BLOCK_R >= count * GROUP) | (split >= used):
         return
 
@@ -289,14 +287,14 @@ def _decode(
 
 @dataclass(frozen=True)
 class Tiles:
-    """How decode attention is cut up: keys a step, warps, pipeline stages, programs wanted for each
-    multiprocessor, and steps whose keys are asked for before the kernel ahead has ended."""
+    """How decode attention is cut up: keys a step, warps, pipeline stages, and programs wanted for each
+    multiprocessor."""
 
     block_n: int
     warps: int
     stages: int
     programs: int
-    ahead: int = 0
+    prefetch: bool = False
 
 
 def tiles(dim: int, block_r: int, itemsize: int, device: torch.device) -> Tiles:
@@ -320,7 +318,7 @@ def _prefetch_bytes(dim: int, cut: Tiles, itemsize: int) -> str:
     """Bytes of a key that each thread asks for ahead, as text; "" where they are not whole 16-byte pieces."""
     each = 32 * cut.warps // cut.block_n
     size = dim * itemsize // each if each else 0
-    return str(size) if cut.ahead and size and size % 16 == 0 and dim % each == 0 else ""
+    return str(size) if cut.prefetch and size and size % 16 == 0 and dim % each == 0 else ""
 
 
 @dataclass(frozen=True)
@@ -453,7 +451,6 @@ def paged_attention(
         MERGE_S=max(1, 8192 // (merge_r * block_d)),
         STAGES=p.cut.stages,
         PREFETCH=_prefetch_bytes(dim, p.cut, q.element_size()),
-        AHEAD=p.cut.ahead,
         WARPS=p.cut.warps,
         num_warps=p.cut.warps,
         **launch_options(q.device),

@@ -123,8 +123,8 @@ def _store(
         c = tl.load(cos + token * dim + at, mask=pair, other=0.0).to(tl.float32)
         s = tl.load(sin + token * dim + half + at, mask=pair, other=0.0).to(tl.float32)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     is_q = head < heads
     is_k = (head >= heads) & (head < heads + kv_heads) & (slot >= 0)
     is_v = (head >= heads + kv_heads) & (head < heads + 2 * kv_heads) & (slot >= 0)

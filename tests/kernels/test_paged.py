@@ -152,13 +152,7 @@ def test_compiles() -> None:
         merge = min(1 << (group - 1).bit_length(), block_r)
         sizes = {"GROUP": group, "DIM": dim, "PAGE": 16, "BLOCKS": 1, "BLOCK_R": block_r, "BLOCK_D": block_d}
         sizes |= {"BLOCK_N": cut.block_n, "MERGE_R": merge, "MERGE_S": max(1, 8192 // (merge * block_d))}
-        sizes |= {
-            "STAGES": cut.stages,
-            "PREFETCH": "=64" if arch >= 90 else "=",
-            "AHEAD": 2,
-            "WARPS": cut.warps,
-            "PDL": arch >= 90,
-        }
+        sizes |= {"STAGES": cut.stages, "PREFETCH": "=", "WARPS": cut.warps, "PDL": arch >= 90}
         precision = {"PRECISION": "=ieee" if type == "fp32" else "=tf32"}
         return Spec(
             "taut.kernels.paged_triton", "_decode", arch, pointers | numbers | flags | sizes | precision,
