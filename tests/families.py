@@ -362,5 +362,5 @@ def oracle(
     )
     for module in model.modules():
         if type(module).__name__ == "GptOssExperts":  # before 5.18 the file's is ignored
-            module.limit = model.config.swiglu_limit
+            module.limit = getattr(model.config, "swiglu_limit", 7.0)
     return model
