@@ -3,10 +3,9 @@
     python benchmarks/profile_model.py --load-in nf4 --batches 1,8,32 --json profile_nf4.json
 
 Decode steps are those of the model's own engine, from the tenth new token on; a forward scores the last
-position. `busy` is when a kernel runs, `idle` what is left of the time from the first kernel's start to the
-last one's end. Kernels that begin before the one ahead has ended (programmatic dependent launch) are counted
-from when it has. The profiler itself slows the host, so idle time between forwards that are no graph is more
-than without it.
+position. Idle is what no kernel takes of the time from the first one's start to the last one's end. Kernels
+that begin before the one ahead has ended (programmatic dependent launch) are counted from when it has. The
+profiler itself slows the host, so idle time between forwards that are no graph is more than without it.
 """
 
 from __future__ import annotations
