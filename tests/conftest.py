@@ -3,17 +3,23 @@ scratch folders are removed at the end."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from tests.scratch import remove
+
+# Kernels run in Triton's interpreter where there is no CUDA device. Its own functions are decorated when it
+# is first imported, as transformers does, so this stands before any test module.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    import torch
-
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -22,8 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Processes of one run share a GPU: none keeps what a test has freed."""
     if item.get_closest_marker("gpu"):
-        import torch
-
         torch.cuda.empty_cache()
 
 
