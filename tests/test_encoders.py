@@ -198,6 +198,15 @@ def test_loss_and_gradients_equal_the_oracles_of_each_row_alone(case, head, devi
         assert (got[name] - gradient).abs().max() <= 2e-4 * max(gradient.abs().max(), floor), name
 
 
+@pytest.mark.parametrize("head", ["AutoModelForTokenClassification", "AutoModelForMaskedLM"])
+def test_labels_of_padding_are_warned_of_and_count_for_nothing(head):
+    model, given = load(FIRST["Bert"], head), inputs(FIRST["Bert"], "left")
+    labels = torch.ones_like(given["input_ids"])
+    with pytest.warns(UserWarning, match="other than -100 at padding"):
+        loss = model(**given, labels=labels).loss
+    assert torch.equal(loss, model(**given, labels=labels.where(given["attention_mask"] != 0, -100)).loss)
+
+
 @every_case
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_every_attention_implementation_agrees(case, implementation):

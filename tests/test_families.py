@@ -224,6 +224,48 @@ def test_loss_and_gradients_equal_the_oracle(case, device, tmp_path):
         assert (got[name] - expected).abs().max() <= 2e-4 * max(expected.abs().max(), floor)
 
 
+def counted(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions from each row's first token; 0 at padding."""
+    return (inputs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
+
+
+@every_device
+@every_case
+@torch.no_grad()
+def test_the_loss_of_padded_rows_is_that_of_each_alone(case, device):
+    model, reference, prompts = load(case, device), oracle(case, device=device), rows(9, 1, 13, 6)
+    total = count = 0
+    for prompt in (prompt for prompt in prompts if len(prompt) > 1):
+        ids = torch.tensor([prompt], device=device)
+        total += reference(ids, labels=ids).loss * (len(prompt) - 1)
+        count += len(prompt) - 1
+    for side in ("left", "right"):
+        inputs = padded(prompts, side, device)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for places in ({}, {"position_ids": counted(inputs)}):
+            close(model(**inputs, **places, labels=labels).loss, total / count, 1e-5)
+            with pytest.warns(UserWarning, match="other than -100 at padding"):
+                loss = model(**inputs, **places, labels=inputs["input_ids"]).loss
+            close(loss, total / count, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "gemma2", "qwen2", "falcon-7b", "mpt"])
+@torch.no_grad()
+def test_the_oracles_loss_is_another_where_a_pad_predicts_or_positions_count_pads(name):
+    """What is left of the difference to transformers on the left: its last pad predicts the first token, and
+    learned positions begin at the first pad unless they are given."""
+    case = next(case for case in CASES if case.name == name)
+    model, reference, inputs = load(case), oracle(case), padded(rows(9, 13, 6), "left", "cpu")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    places = {} if name in ("bloom", "mpt") else {"position_ids": counted(inputs)}  # ALiBi has none
+    ours = model(**inputs, labels=labels).loss
+    assert abs(reference(**inputs, **places, labels=labels).loss - ours) > 1e-3
+    inside = labels.masked_fill(inputs["attention_mask"].cumsum(1) == 1, -100)
+    close(ours, reference(**inputs, **places, labels=inside).loss, 1e-5)
+    fits = abs(reference(**inputs, labels=inside).loss - ours) < 1e-4
+    assert fits == (name != "gpt2")
+
+
 @every_case
 def test_hidden_states_equal_the_oracle(case):
     ids = torch.tensor(rows(12))

@@ -12,6 +12,7 @@ from taut.config import ModelConfig
 from taut.engine.dynamic_cache import DynamicCache
 from taut.errors import RequestError
 from taut.layers.block import Decoder
+from taut.modeling.labels import warn_at_padding
 from taut.modeling.language import LanguageHead
 from taut.modeling.output import Later, ModelOutput
 from taut.modeling.text import TextModel, token_labels
@@ -67,7 +68,9 @@ class CausalLM(LanguageHead, TextModel):
         `input_ids` `[rows, width]` int64 (or `inputs_embeds` `[rows, width, dim]`), `attention_mask`
         `[rows, width]` with padding anywhere, `position_ids` `[rows, width]` that may restart to mark
         packed sequences, `labels` `[rows, width]` with -100 where there is nothing to predict. Each row is
-        computed as if it were alone. Gives `loss` (mean over predicted tokens, or their sum divided by
+        computed as if it were alone, and so is its loss: its first token, padded on the left or not, is
+        nothing to predict, and neither is a pad, whatever its label (a warning says so). transformers has
+        the last pad on the left predict the first token. Gives `loss` (mean over predicted tokens, or their sum divided by
         `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
         `logits_to_keep` positions alone, if positive; beside a loss they are computed when somebody looks at
         them), and `hidden_states` and `attentions` if asked.
@@ -80,6 +83,8 @@ class CausalLM(LanguageHead, TextModel):
         Raises `RequestError` for shapes that don't match, ids out of range and options of later releases.
         """
         past = DynamicCache.asked(past_key_values, use_cache, labels)
+        if labels is not None:
+            warn_at_padding(labels, attention_mask)
         if past is not None:
             width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             attention_mask = past.new_columns(attention_mask, width)

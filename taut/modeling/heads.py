@@ -12,16 +12,17 @@ from taut.config import ModelConfig
 from taut.errors import ConfigError
 from taut.kernels.linear_ce import linear_cross_entropy
 from taut.layers.encoder import MaskedHead, classifier, pool
-from taut.modeling.labels import row_loss, span_loss, token_loss
+from taut.modeling.labels import row_loss, span_loss, token_loss, warn_at_padding
 from taut.modeling.output import Later, ModelOutput
 from taut.modeling.text import Encoded, TextModel, token_labels
 from taut.weights import Rename, Rule
 
 
 class Labelling(TextModel):
-    """A model whose head gives scores to labels; a subclass says of what."""
+    """A model whose head gives scores to labels; a subclass says of what, and whether it is of each token."""
 
     whole = False
+    each_token = True
 
     def forward(
         self,
@@ -41,6 +42,8 @@ class Labelling(TextModel):
         """`logits`, and `loss` where `labels` are given, as the class's `scored` says; `hidden_states` and
         `attentions` if asked. Inputs are those of `TextModel.encode`; `token_type_ids`, `bbox` and
         `task_type_ids` are for the families that have them."""
+        if labels is not None and self.each_token:
+            warn_at_padding(labels, attention_mask)
         features = {"token_type_ids": token_type_ids, "bbox": bbox, "task_type_ids": task_type_ids}
         found = self.encode(
             input_ids,
@@ -65,6 +68,7 @@ class SequenceClassifier(Labelling):
 
     suffix = "ForSequenceClassification"
     head = ("classifier", "model.pooler")
+    each_token = False
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__(config, dtype=dtype)

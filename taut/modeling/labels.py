@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -103,3 +104,16 @@ def span_loss(scores: Tensor, positions: Tensor, real: Tensor) -> Tensor:
     at = positions.to(scores.device).view(-1)
     inside = (at >= 0) & (at < width) & real.gather(1, at.clamp(0, width - 1)[:, None]).squeeze(1)
     return F.cross_entropy(scores, at.where(inside, -100))
+
+
+def warn_at_padding(labels: Tensor, attention_mask: Tensor | None) -> None:
+    """Warn where `labels` `[rows, width]` name something to predict at padding. Nothing is computed there, so
+    that they count for nothing; where padding is computed like all else, as in transformers, they count."""
+    if attention_mask is None or labels.shape != attention_mask.shape:
+        return
+    if bool(((labels != -100) & (attention_mask.to(labels.device) == 0)).any()):
+        warnings.warn(
+            "labels are other than -100 at padding, where nothing is computed: these are left out of the loss; "
+            "set them to -100: labels.masked_fill(attention_mask == 0, -100)",
+            stacklevel=5,  # the line that called the model, past two of torch's own
+        )

@@ -20,6 +20,7 @@ from taut.layers.block import Decoder
 from taut.layers.encoder import Encoder
 from taut.layers.encoder_decoder import EncoderDecoder, encoder_of
 from taut.modeling.base import PreTrainedModel
+from taut.modeling.labels import warn_at_padding
 from taut.modeling.language import LanguageHead
 from taut.modeling.output import Later, ModelOutput
 from taut.modeling.text import Encoded, check_ids, run, token_labels
@@ -269,8 +270,9 @@ class Seq2SeqLM(LanguageHead, Seq2SeqModel):
         all that `encoder_outputs`, with `last_hidden_state` `[rows, width, dim]` first), padded anywhere as
         `attention_mask` says; the decoder `decoder_input_ids` (or `decoder_inputs_embeds`), likewise with
         `decoder_attention_mask`. `labels` `[rows, width of the decoder]` are what each of its tokens is to
-        predict, -100 where nothing; without inputs of its own the decoder reads them shifted right, as far as
-        there is anything to predict. Each row is computed as if it were alone.
+        predict, -100 where nothing (and a warning where `decoder_attention_mask` says padding and they don't);
+        without inputs of its own the decoder reads them shifted right, as far as there is anything to
+        predict. Each row is computed as if it were alone.
 
         Gives `loss` (mean over predicted tokens, or their sum divided by `num_items_in_batch`), `logits`
         `[rows, width, vocab]` float32, zeros at padding (beside a loss they are computed when somebody looks
@@ -283,6 +285,8 @@ class Seq2SeqLM(LanguageHead, Seq2SeqModel):
             if decoder_attention_mask is None:
                 decoder_attention_mask = needed(labels)
         past = DynamicCache.asked(past_key_values, use_cache, labels)
+        if labels is not None:
+            warn_at_padding(labels, decoder_attention_mask)
         found = self.run(
             input_ids,
             attention_mask,
