@@ -416,7 +416,8 @@ class ModelConfig:
     encoder; `mel_bins`: the bands of the spectrograms that an encoder hears. `contrast`: the encoders of a
     model of texts and pictures, of which this is the texts'.
 
-    Looking up the token `padding` teaches its vector nothing. `wide`: between blocks a float16 model is
+    Looking up the token `padding` teaches its vector nothing: in most families that is the padding token, in
+    others there is none. `wide`: between blocks a float16 model is
     float32, since what they add up to is too large.
     """
 
@@ -824,6 +825,7 @@ def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fiel
         "eos_token_ids": reader.ids("eos_token_id"),
         "decoder_start_token_id": reader.int("decoder_start_token_id", None, minimum=0),
         "pad_token_id": pad[0] if pad else None,
+        "padding": pad[0] if pad else None,
         "source": dict(reader.data),
         "names": dict(reader.names),
     }

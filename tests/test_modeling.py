@@ -71,6 +71,11 @@ def test_a_config_is_read_without_weights_and_given_to_a_model(folder, tmp_path)
     assert AutoModelForCausalLM.from_config(taut.AutoConfig.for_model("llama", **values)).config == config
 
 
+def test_a_padding_token_that_the_vocabulary_lacks_pads_nothing(folder, model):
+    other = AutoModelForCausalLM.from_pretrained(folder, pad_token_id=VOCAB)
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
 def test_what_is_wrong_with_a_config_is_named(folder, tmp_path):
     with pytest.raises(ConfigError, match="a 'llama' has no 'rms_norm_epsilon'; nearest: rms_norm_eps"):
         taut.AutoConfig.from_pretrained(folder, rms_norm_epsilon=1e-5)

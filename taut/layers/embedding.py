@@ -31,7 +31,7 @@ class Embedding(nn.Module):
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, dim, dtype=dtype))
-        self.scale, self.padding = scale, padding
+        self.scale, self.padding = scale, padding if padding is not None and padding < vocab else None
         self.shape = torch.Size((vocab, dim))  # of the weight, however it is held
         self.packed: Packed | None = None
 

@@ -69,9 +69,9 @@ class CausalLM(LanguageHead, TextModel):
         `[rows, width]` with padding anywhere, `position_ids` `[rows, width]` that may restart to mark
         packed sequences, `labels` `[rows, width]` with -100 where there is nothing to predict. Each row is
         computed as if it were alone, and so is its loss: its first token, padded on the left or not, is
-        nothing to predict, and neither is a pad, whatever its label (a warning says so). transformers has
-        the last pad on the left predict the first token. Gives `loss` (mean over predicted tokens, or their sum divided by
-        `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
+        nothing to predict (transformers has the last pad on the left predict it), and neither is a pad,
+        whatever its label (a warning says so). Gives `loss` (mean over predicted tokens, or their sum divided
+        by `num_items_in_batch`), `logits` `[rows, width, vocab]` float32, zeros at padding (the last
         `logits_to_keep` positions alone, if positive; beside a loss they are computed when somebody looks at
         them), and `hidden_states` and `attentions` if asked.
 

@@ -113,7 +113,7 @@ def warn_at_padding(labels: Tensor, attention_mask: Tensor | None) -> None:
         return
     if bool(((labels != -100) & (attention_mask.to(labels.device) == 0)).any()):
         warnings.warn(
-            "labels are other than -100 at padding, where nothing is computed: these are left out of the loss; "
+            "labels are other than -100 at padding, where nothing is computed: the loss leaves them out; "
             "set them to -100: labels.masked_fill(attention_mask == 0, -100)",
             stacklevel=5,  # the line that called the model, past two of torch's own
         )

@@ -270,9 +270,9 @@ class Seq2SeqLM(LanguageHead, Seq2SeqModel):
         all that `encoder_outputs`, with `last_hidden_state` `[rows, width, dim]` first), padded anywhere as
         `attention_mask` says; the decoder `decoder_input_ids` (or `decoder_inputs_embeds`), likewise with
         `decoder_attention_mask`. `labels` `[rows, width of the decoder]` are what each of its tokens is to
-        predict, -100 where nothing (and a warning where `decoder_attention_mask` says padding and they don't);
-        without inputs of its own the decoder reads them shifted right, as far as there is anything to
-        predict. Each row is computed as if it were alone.
+        predict, -100 where nothing (padding by `decoder_attention_mask` is left out of the loss, with a
+        warning where its labels are others); without inputs of its own the decoder reads them shifted right,
+        as far as there is anything to predict. Each row is computed as if it were alone.
 
         Gives `loss` (mean over predicted tokens, or their sum divided by `num_items_in_batch`), `logits`
         `[rows, width, vocab]` float32, zeros at padding (beside a loss they are computed when somebody looks

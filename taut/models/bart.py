@@ -65,7 +65,6 @@ def encoder_decoder(
         "positions": Positions(context, offset=2),
         "context": context,
         "embed_scale": embed_scale(r),
-        "padding": r.int("pad_token_id", None, minimum=0),
         "head_bias": True,
     }
     config = finish(r, **(usual | fields))

@@ -66,4 +66,5 @@ def read(r: Reader) -> ModelConfig:
         context=r.int("max_position_embeddings", 2048),
         tied=tied(r, default=True),
         embed_norm=norm,
+        padding=None,
     )

@@ -126,6 +126,7 @@ def text_encoder(r: Reader, layers: Sequence[Layer], heads: Heads) -> ModelConfi
         positions=Positions(r.int("max_position_embeddings")),
         heads=heads,
         kind="text tower",
+        padding=None,
     )
 
 

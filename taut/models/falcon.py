@@ -87,4 +87,5 @@ def read(r: Reader) -> ModelConfig:
         norm=norm,
         context=context,
         tied=tied(r, default=True),
+        padding=None,
     )

@@ -76,4 +76,5 @@ def decoder(r: Reader, attn: dict[str, object]) -> ModelConfig:
         norm=norm,
         tied=tied(r, default=True),
         positions=Positions(r.int("max_position_embeddings")),
+        padding=None,
     )

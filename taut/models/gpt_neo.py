@@ -37,6 +37,7 @@ def read(r: Reader) -> ModelConfig:
         norm=norm,
         tied=tied(r, default=True),
         positions=Positions(r.int("max_position_embeddings")),
+        padding=None,
     )
 
 

@@ -58,4 +58,5 @@ def read(r: Reader) -> ModelConfig:
         layers=[replace(layer, parallel=parallel) for layer in layers],
         norm=norm,
         tied=tied(r),
+        padding=None,
     )

@@ -62,4 +62,5 @@ def read(r: Reader) -> ModelConfig:
         norm=norm,
         tied=False,
         head_bias=True,
+        padding=None,
     )

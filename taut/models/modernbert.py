@@ -71,7 +71,6 @@ def read(r: Reader) -> ModelConfig:
         heads=Heads(masked=head, sequence=head, token=head, span=head, pooling=pooling),
         head_bias=r.bool("decoder_bias", True),
         tied=r.bool("tie_word_embeddings", True),
-        padding=r.int("pad_token_id", None, minimum=0),
     )
 
 

@@ -78,4 +78,5 @@ def read(r: Reader) -> ModelConfig:
         layers=layers,
         norm=norm,
         tied=tied(r, default=True),
+        padding=None,
     )

@@ -99,6 +99,7 @@ def encoder_decoder(r: Reader, *, gated: bool, scaled: bool) -> ModelConfig:
         tied=tied(r, default=True),
         logit_scale=r.int("hidden_size") ** -0.5 if scaled else None,
         wide=True,
+        padding=None,
     )
     if config.decoder_start_token_id is None:
         config = replace(config, decoder_start_token_id=config.pad_token_id)

@@ -37,7 +37,6 @@ def read(r: Reader) -> ModelConfig:
         tied=tied(r, default=True),
         positions=Positions(context),
         context=context,
-        padding=r.int("pad_token_id", None, minimum=0),
         heads=Heads(
             projection=r.int("classifier_proj_size", 256),
             all_layers=r.bool("use_weighted_layer_sum", False),
