@@ -16,7 +16,7 @@ from taut.engine.admit import check_request
 from taut.engine.beams import Beams
 from taut.engine.choose import Asked, choose, logprobs
 from taut.engine.drafts import Ledger, grouped
-from taut.engine.graph import DecodeGraph, Pending, refuses
+from taut.engine.graph import ROW_BUCKETS, DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Request, Row
 from taut.engine.runner import Runner, turns_by_length
@@ -154,11 +154,12 @@ class Engine:
         if self._under_way is not None:
             return self._read(self._under_way, started)
         work = self.scheduler.schedule(self._drafts())
-        graph = bool(work) and self.graphs is not None and self.graphs.accepts(work)
+        chained, rest = self._apart(work)
         try:
             self.runner.copy(self.scheduler.copies)
             self.runner.encode(self.scheduler.sources)
-            begun = self.graphs.start(work) if graph else self.runner(work)
+            pending = self.graphs.start(chained) if chained else None
+            logits = self.runner(rest)
         except BaseException:
             self.scheduler.abandon()
             raise
@@ -166,27 +167,45 @@ class Engine:
         self.scheduler.sources.clear()
         if not work:  # rows whose tokens are all cached may still have had their source encoded
             return []
-        if graph:
-            return self._read(begun, started)
-        for item in work:
+        if pending is not None and not rest:
+            return self._read(pending, started)
+        for item in rest:
             if not item.ready:
                 self.scheduler.commit(item)
-        events: list[Event] = []
+        events = [] if pending is None else self._receive(pending)
         asked: list[Asked] = []
         at = 0
-        for request, items in groupby((item for item in work if item.ready), lambda item: item.row.request):
+        for request, items in groupby((item for item in rest if item.ready), lambda item: item.row.request):
             group = list(items)
             count = sum(1 + len(item.drafts) for item in group)
-            own, at = begun[at : at + count], at + count
+            own, at = logits[at : at + count], at + count
             if isinstance(request.group, Beams):
                 events += self._choose(request, group, own)
             else:
                 asked.append(Asked(request, group, own))
-        events += self._take(asked, begun)
+        events += self._take(asked, logits)
         if all(item.ready and item.count == 1 for item in work):
             drafted, right = (sum(one.checked[at] for one in asked) for at in range(2))
             self.ledger.record(len(work), drafted, right, time.perf_counter() - started)
         return events + self._expired()
+
+    def _apart(self, work: list[Work]) -> tuple[list[Work], list[Work]]:
+        """The work that a decode graph does, and the rest, which runs after it on the device.
+
+        Rows that decode beside a prefill keep their graph: it is launched at once, its attention is made for
+        one query a row, and it runs while the host still prepares the prefill. What reads keys that the rest
+        computes belongs to the rest: rows that only begin now, on pages that may be filled in this batch.
+        Without a prefill one pass over the weights does all, so that it is one or the other.
+        """
+        if self.graphs is None:
+            return [], work
+        chained = [w for w in work if self.graphs.accepts(w)][: ROW_BUCKETS[-1]]
+        if len(chained) == len(work):
+            return chained, []
+        if all(w.count == 1 for w in work):
+            return [], work
+        rows = {w.row for w in chained}.difference(self.scheduler.begun)
+        return [w for w in work if w.row in rows], [w for w in work if w.row not in rows]
 
     def _drafts(self) -> dict[Row, Sequence[int]]:
         """Guesses that are worth checking now."""
@@ -202,6 +221,8 @@ class Engine:
 
     def _choose(self, request: Request, work: list[Work], logits: Tensor) -> list[Event]:
         """Let beams go on, or end with what they found."""
+        if request.finished:  # cancelled by another request's hook
+            return []
         beams: Beams = request.group
         try:
             following = beams.choose(request, logits)
@@ -270,10 +291,19 @@ class Engine:
         return taken
 
     def _read(self, pending: Pending, started: float) -> list[Event]:
-        """Launch the step after `pending`, if it is sure to be for the same rows, then take in the tokens of
-        `pending`, for which the host waits meanwhile."""
+        """Launch the step after `pending`, if it is sure to be for rows of that one alone, then take in the
+        tokens of `pending`, for which the host waits meanwhile."""
         following = None if self._may_draft(pending.work) else self.scheduler.ahead(pending.work)
         self._under_way = None if following is None else self.graphs.follow(pending, following)
+        events = self._receive(pending)
+        self.ledger.record(len(pending.work), 0, 0, time.perf_counter() - started)
+        events += self._expired()
+        if self._under_way is not None and all(w.row.request.finished for w in self._under_way.work):
+            self._under_way = None
+        return events
+
+    def _receive(self, pending: Pending) -> list[Event]:
+        """Take in the tokens of a graph's step, waiting for them."""
         events = []
         for item, token in zip(pending.work, pending.tokens(), strict=True):
             request = item.row.request
@@ -286,10 +316,6 @@ class Engine:
             self.scheduler.commit(item, token)
             self._end(request, token)
             events.append(Event(request, [token]))
-        self.ledger.record(len(pending.work), 0, 0, time.perf_counter() - started)
-        events += self._expired()
-        if self._under_way is not None and all(w.row.request.finished for w in self._under_way.work):
-            self._under_way = None
         return events
 
     def _may_draft(self, work: list[Work]) -> bool:

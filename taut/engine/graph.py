@@ -6,6 +6,7 @@ need not see a token before the next step starts: it reads them from pinned memo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,9 +75,11 @@ def plain(request: Request) -> bool:
 
 @dataclass
 class Pending:
-    """A step that is under way: its work, in the order of the graph's rows, and where its tokens will be."""
+    """A step that is under way: its work, which of the graph's rows each is in, and where the tokens of all
+    rows will be."""
 
     work: list[Work]
+    places: list[int]
     graph: _Graph
     host: Tensor
     done: torch.cuda.Event
@@ -84,7 +87,8 @@ class Pending:
     def tokens(self) -> list[int]:
         """The tokens, waiting for them; -1 for a row whose logits were not finite."""
         self.done.synchronize()
-        return self.host[: len(self.work)].tolist()
+        every = self.host.tolist()
+        return [every[place] for place in self.places]
 
 
 class DecodeGraph:
@@ -97,16 +101,13 @@ class DecodeGraph:
         self._pool = torch.cuda.graph_pool_handle()
         self._workspace = Workspace.of(runner.device)
 
-    def accepts(self, work: list[Work]) -> bool:
-        """Whether a step is a graph's: one token a row, each of them sampled plainly."""
+    def accepts(self, work: Work) -> bool:
+        """Whether a step's work can be a graph's: one token of a row, sampled plainly."""
         where = restrictions()
         if where not in self._refused:
             self._refused[where] = refuses(self.runner.model)
-        if self._refused[where] is not None:
-            return False
-        return len(work) <= ROW_BUCKETS[-1] and all(
-            w.count == 1 and w.ready and not w.drafts and plain(w.row.request) for w in work
-        )
+        one = work.count == 1 and work.ready and not work.drafts
+        return self._refused[where] is None and one and plain(work.row.request)
 
     def start(self, work: list[Work]) -> Pending:
         """Launch a step from what the host knows."""
@@ -126,15 +127,21 @@ class DecodeGraph:
             with using(self._workspace):
                 graph = self._graphs[key] = _Graph(self.runner, rows, *where[:2], self._pool)
         graph.fill(work)
-        return graph.launch(work)
+        return graph.launch(work, list(range(len(work))))
 
     def follow(self, pending: Pending, work: list[Work]) -> Pending | None:
-        """Launch the step after one that may still run, for the same rows; None if it needs another graph."""
-        if any(len(w.row.pages) > pending.graph.width for w in work):
+        """Launch the step after one that may still run, for its rows or some of them; None if it needs
+        another graph, or should have one of fewer rows."""
+        graph = pending.graph
+        if any(len(w.row.pages) > graph.width for w in work) or 2 * len(work) < graph.filled:
             return None
+        at = {w.row: place for w, place in zip(pending.work, pending.places, strict=True)}
+        places = [at[w.row] for w in work]
+        if len(work) < len(pending.work):
+            graph.keep(places)
         if any(w.start % self.runner.page_size == 0 for w in work):  # a row begins a new page
-            pending.graph.fill_pages(work)
-        return pending.graph.launch(work)
+            graph.fill_pages(work, places)
+        return graph.launch(work, places)
 
 
 class _Graph:
@@ -147,7 +154,8 @@ class _Graph:
         device = runner.device
         # All state in one buffer, the 64-bit fields first: filling it is one copy.
         sizes = [2 * rows] * 3 + [rows] * 7 + [rows * width, rows * (sources > 0), rows * sources]
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=True)
+        pinned = device.type == "cuda"
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=pinned)
         self._state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         self._sizes = sizes
         views = _views(self._state, sizes)
@@ -160,17 +168,11 @@ class _Graph:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._keys, self._values = runner.keys, runner.values
         # Two places for tokens: the host reads one while the next step fills the other.
-        self._out = [torch.zeros(rows, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self._out = [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
-        self._copied = torch.cuda.Event()
-        self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            self._step()  # compiles kernels; all rows are idle, so nothing is written
-        torch.cuda.current_stream(device).wait_stream(side)
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._step()
+        self._copied, self._kept = torch.cuda.Event(), torch.cuda.Event()
+        self.filled = 0  # rows that had work when it was last filled
+        self.replay = _capture(self._step, device, pool)  # all rows are idle: it writes nothing
 
     def _step(self) -> None:
         """What the graph holds. An idle row has no keys and no slot: it computes on nothing and writes
@@ -192,9 +194,10 @@ class _Graph:
 
     def fill(self, work: list[Work]) -> None:
         """State of the rows, from what the host knows, in one copy."""
-        self._copied.synchronize()  # an earlier copy may still read the pinned buffer
-        host = self._host.numpy()
-        host[:] = 0
+        self._copied.synchronize()  # earlier copies may still read the pinned buffer
+        self._kept.synchronize()
+        self.filled = len(work)
+        self._host.zero_()
         fields = [view.numpy() for view in _views(self._host, self._sizes)]
         ids, seeds, steps, positions, lengths, active, top_k = fields[:7]
         temperature, top_p, min_p = (field.view(np.float32) for field in fields[7:10])
@@ -214,33 +217,56 @@ class _Graph:
                 )
             if self.sources:
                 fill_source(fields[11], fields[12].reshape(self.rows, self.sources), row, item.row)
-        self._write_pages(fields[10], work)
+        self._write_pages(fields[10], work, range(len(work)))
         self._state.copy_(self._host, non_blocking=True)
         self._copied.record()
 
-    def fill_pages(self, work: list[Work]) -> None:
+    def fill_pages(self, work: list[Work], places: Sequence[int]) -> None:
         """The page table alone, after rows got pages."""
         self._copied.synchronize()
         table = _views(self._host, self._sizes)[10]
-        self._write_pages(table.numpy(), work)
+        self._write_pages(table.numpy(), work, places)
         self.table.copy_(table.view(self.rows, self.width), non_blocking=True)
         self._copied.record()
 
-    def _write_pages(self, flat: np.ndarray, work: list[Work]) -> None:
+    def _write_pages(self, flat: np.ndarray, work: list[Work], places: Sequence[int]) -> None:
         table = flat.reshape(self.rows, self.width)
-        for row, item in enumerate(work):
+        for row, item in zip(places, work, strict=True):
             pages = item.row.pages
             table[row, : len(pages)] = pages
             table[row, len(pages) :] = pages[0]
 
-    def launch(self, work: list[Work]) -> Pending:
-        self._graph.replay()
+    def keep(self, places: Sequence[int]) -> None:
+        """Leave all rows but these idle from the next step on."""
+        self._kept.synchronize()
+        active = _views(self._host, self._sizes)[5]
+        active.zero_()
+        active[places] = 1
+        self.active.copy_(active, non_blocking=True)
+        self._kept.record()
+        self.lengths.mul_(self.active)  # what they have cached is not read again
+
+    def launch(self, work: list[Work], places: list[int]) -> Pending:
+        self.replay()
         self._turn ^= 1
         host = self._out[self._turn]
         host.copy_(self.tokens, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return Pending(work, self, host, done)
+        return Pending(work, places, self, host, done)
+
+
+def _capture(step: Callable[[], None], device: torch.device, pool) -> Callable[[], None]:
+    """What runs `step` again, as one graph; it runs once before, which compiles its kernels."""
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
 
 
 def _views(buffer: Tensor, sizes: list[int]) -> list[Tensor]:

@@ -75,7 +75,7 @@ class Scheduler:
         self.copies: dict[int, int] = {}
         self.sources: list[Request] = []
         self._entered: list[int] = []  # pages that others may share once the batch under way has run,
-        self._begun: list[Row] = []  # and rows that begin in it
+        self.begun: list[Row] = []  # and rows that begin in it
 
     @property
     def has_work(self) -> bool:
@@ -142,7 +142,7 @@ class Scheduler:
         """The next batch, with pages for all its tokens; empty only where there is nothing to do. `drafts`
         of rows that decode go in as far as there is room for them without preemption."""
         plan: dict[Row, Work] = {}
-        self._entered, self._begun, self.sources = [], [], []
+        self._entered, self.begun, self.sources = [], [], []
         prefills = []
         for request in self.running.copy():
             if _decodes(request):
@@ -168,24 +168,22 @@ class Scheduler:
         return list(plan.values())
 
     def ahead(self, under_way: list[Work]) -> list[Work] | None:
-        """The decode step after one whose tokens are not known yet, for the same rows, with pages for it;
-        None where the next step may have to be another: a row ends or is computed anew, a request that waits
-        could begin, or there is no free page."""
-        rows = [work.row for work in under_way]
+        """The decode step after one whose tokens are not known yet, for those of its rows that have not ended
+        and do not end with it, with pages for it; None where there are none, or the next step may have to be
+        another: a row is computed anew, a request that waits could begin, or there is no free page."""
+        rows = [work.row for work in under_way if work.row.request.status is Status.RUNNING]
         if len(rows) != len(self.running) or self._admissible(self.chunk):
             return None
-        for row in rows:
-            length = row.length + 1  # once the token under way has come
-            ends = len(row.output) + 1 >= row.request.params.max_new_tokens
-            if row.request.status is not Status.RUNNING or ends or length - 1 == self.recompute_at:
-                return None
+        if any(row.length == self.recompute_at for row in rows):
+            return None
+        rows = [row for row in rows if len(row.output) + 1 < row.request.params.max_new_tokens]
         missing = [self.pages.needed(r.length + 1) - len(r.pages) for r in rows]
         if sum(max(count, 0) for count in missing) > self.pages.free:
             return None
         for row, count in zip(rows, missing, strict=True):
             if count > 0:
                 self.pages.extend(row.pages, count)
-        return [Work(r, r.length, 1, True) for r in rows]
+        return [Work(r, r.length, 1, True) for r in rows] or None
 
     def abandon(self) -> None:
         """The batch last scheduled has failed: no page that it was to fill may be shared, and rows that began
@@ -196,7 +194,7 @@ class Scheduler:
             if not lost.isdisjoint(request.source_pages):
                 self._vacate(request)
         self.sources = []
-        for row in self._begun:
+        for row in self.begun:
             if row.request.status is Status.RUNNING:
                 self._leave(row)
 
@@ -299,7 +297,7 @@ class Scheduler:
 
     def _begin(self, row: Row) -> None:
         """A row starts, with the pages that there are of it."""
-        self._begun.append(row)
+        self.begun.append(row)
         row.pages = self.pages.share(self._known(row))
         row.indexed = len(row.pages)
         row.found = row.computed = row.indexed * self.pages.size

@@ -53,7 +53,7 @@ class Chained:
         self.e, self.followed = e, 0
 
     def accepts(self, work) -> bool:
-        return all(w.count == 1 and w.ready and not w.drafts and plain(w.row.request) for w in work)
+        return work.count == 1 and work.ready and not work.drafts and plain(work.row.request)
 
     def start(self, work):
         tokens, _ = self.e.sampler(self.e.runner(work), [w.row for w in work])
@@ -622,6 +622,21 @@ def test_steps_that_chain_give_the_tokens_of_steps_that_do_not(options):
                 assert e.pages.free == e.pages.count
             assert made[0] == made[1]
             assert e.graphs.followed > 0
+
+
+def test_a_row_that_lacks_one_token_waits_for_the_prefill_whose_pages_it_begins_with():
+    """Beside rows that decode on a graph, which runs before the prefill of its batch."""
+    e = engine(cache_tokens=256)
+    e.graphs = Chained(e)
+    first = e.submit(request((7, 8, 9), 12))
+    while len(first.output) < 3:
+        e.step()
+    e.reset_prefix_cache()
+    asked = [e.submit(request(prompt, 6)) for prompt in ((*STEM[:12], 30, 31), (*STEM[:12], 32))]
+    drain(e)
+    assert [r.found for r in asked] == [0, 12]
+    for r in (first, *asked):
+        assert r.output == alone("plain", tuple(r.prompt), r.params.max_new_tokens)
 
 
 @settings(max_examples=80, deadline=None)

@@ -1,20 +1,22 @@
-"""Decode graphs on a GPU: the tokens of steps without a graph, and no step that waits for the device."""
+"""Decode graphs: the tokens of steps without a graph, and no step that waits for the device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM, attention_kernel
+from taut.engine import graph
 from taut.engine.draft_model import Assistant, DraftModel
 from taut.engine.engine import Engine
+from taut.engine.graph import DecodeGraph
 from taut.engine.lookup import Lookup
 from taut.engine.request import Request, SamplingParams
 from tests import seq2seq
 from tests.engine.guesses import Always
 from tests.families import CASES, VOCAB, checkpoint
 
-pytestmark = pytest.mark.gpu
+gpu = pytest.mark.gpu
 
 FAMILIES = ["llama", "mistral-window", "qwen3", "gemma2", "phi3-longrope", "llama-rope-dynamic"]
 FAMILIES += ["mixtral", "qwen2-moe-some-layers", "qwen3-moe", "gpt-oss"]
@@ -26,9 +28,9 @@ PARAMS = [
 ]
 
 
-def load(name: str, dtype=torch.float32):
+def load(name: str, dtype=torch.float32, device="cuda"):
     case = next(case for case in CASES if case.name == name)
-    return AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=dtype, device="cuda")
+    return AutoModelForCausalLM.from_pretrained(checkpoint(case), dtype=dtype, device=device)
 
 
 def requests(eos: tuple[int, ...] = ()) -> list[Request]:
@@ -47,6 +49,7 @@ def outputs(engine: Engine, asked: list[Request]) -> list[tuple[list[int], str |
     return [(request.output, request.finish_reason) for request in asked]
 
 
+@gpu
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_those_of_steps_without_a_graph(name):
     model = load(name)
@@ -65,6 +68,7 @@ def test_tokens_are_those_of_steps_without_a_graph(name):
             assert graphs.graphs._graphs
 
 
+@gpu
 @pytest.mark.parametrize("name", ["t5", "bart", "marian-two-tables"])
 def test_tokens_of_encoder_decoders_are_those_of_steps_without_a_graph(name):
     case = next(case for case in seq2seq.CASES if case.name == name)
@@ -83,6 +87,7 @@ def test_tokens_of_encoder_decoders_are_those_of_steps_without_a_graph(name):
         assert graphs.pages.free == graphs.pages.count and graphs.graphs._graphs
 
 
+@gpu
 def test_a_replay_equals_the_same_step_without_one_bit_for_bit():
     model = load("llama", torch.bfloat16)
     engine = Engine(model, cache_tokens=256)
@@ -98,7 +103,7 @@ def test_a_replay_equals_the_same_step_without_one_bit_for_bit():
         graph = next(iter(engine.graphs._graphs.values()))
         graph.fill(work)
         before = [cache.clone() for cache in engine.runner.keys]
-        graph._graph.replay()
+        graph.replay()
         got = graph.tokens.clone(), [cache.clone() for cache in engine.runner.keys]
         for cache, old in zip(engine.runner.keys, before, strict=True):
             cache.copy_(old)
@@ -109,6 +114,7 @@ def test_a_replay_equals_the_same_step_without_one_bit_for_bit():
             assert torch.equal(replayed, eager)
 
 
+@gpu
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gpt-oss"])
 def test_steady_decode_does_not_synchronise(name):
     engine = Engine(load(name, torch.bfloat16), cache_tokens=512)
@@ -125,6 +131,7 @@ def test_steady_decode_does_not_synchronise(name):
     assert len(request.output) == 24
 
 
+@gpu
 def test_nan_ends_the_request_by_name():
     model = load("llama")
     with torch.no_grad():
@@ -136,6 +143,7 @@ def test_nan_ends_the_request_by_name():
     assert request.finish_reason == "error" and "model.layers.1.mlp" in str(request.error)
 
 
+@gpu
 @pytest.mark.parametrize("name", ["llama", "phi3-longrope", "llama-rope-dynamic"])
 def test_guesses_beside_graphs_change_no_token(name):
     """Drafts chain on the device; the steps that check them are no graphs, those between them are."""
@@ -156,3 +164,48 @@ def test_guesses_beside_graphs_change_no_token(name):
     many[1].drafter = Lookup(6)  # with the ledger that measures
     engine.run(many)
     assert many[0].output == many[1].output
+
+
+class Moment:
+    """An event of a device that has done all it was told to."""
+
+    def record(self) -> None:
+        pass
+
+    synchronize = record
+
+
+@pytest.fixture
+def stepped(monkeypatch):
+    """Graphs whose steps are run in place of being replayed: what they do on a GPU, but for the capture.
+    Attention runs on the reference, the only kind on a CPU that doesn't take a bound of lengths for one."""
+    monkeypatch.setattr(graph, "_capture", lambda step, device, pool: (step(), step)[1])
+    monkeypatch.setattr(graph, "refuses", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    with attention_kernel("eager"):
+        yield
+
+
+@pytest.mark.parametrize("options", [{}, {"max_rows": 3}, {"page_size": 4, "chunk": 8}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "phi3-longrope", "mistral-window"])
+def test_steps_of_a_graph_give_the_tokens_of_steps_without(name, options, stepped, monkeypatch):
+    """Rows end while others go on in the same graph, and others begin beside them."""
+    model = load(name, device="cpu")
+    eager, graphs = (Engine(model, cache_tokens=512, **options) for _ in range(2))
+    graphs.graphs = DecodeGraph(graphs.runner)
+    kept, beside = [], []
+    keep, start = graph._Graph.keep, DecodeGraph.start
+    monkeypatch.setattr(graph._Graph, "keep", lambda g, places: (kept.append(places), keep(g, places))[1])
+
+    def started(self, work):
+        beside.append(len(work) < len(graphs.scheduler.running))
+        return start(self, work)
+
+    monkeypatch.setattr(DecodeGraph, "start", started)
+    want = outputs(eager, requests())
+    ends = tuple({tokens[len(tokens) // 2] for tokens, _ in want})
+    for eos in ((), ends):
+        assert outputs(graphs, requests(eos)) == outputs(eager, requests(eos))
+        assert graphs.pages.free == graphs.pages.count
+    assert kept and any(beside)
