@@ -108,8 +108,7 @@ def _figure(report: Report, chart: Chart, points: list[Point], panels: list[int]
     axes[0].set_ylabel(kind.unit)
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     axes[0].legend(handles.values(), handles.keys(), fontsize=8)
-    figure.suptitle(
-        f"{kind.title}\n{report.model}, {report.dtype}, {report.device['name']}, {report.date[:10]}",
-        fontsize=10,
-    )
+    between = "\n" if len(panels) == 1 else ", "  # as wide as the panels at most
+    facts = f"{report.model}, {report.dtype}{between}{report.device['name']}, {report.date[:10]}"
+    figure.suptitle(f"{kind.title}\n{facts}", fontsize=10)
     return figure

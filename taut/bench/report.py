@@ -30,16 +30,26 @@ class Report:
     device: dict[str, Any]
     settings: dict[str, Any]
     weights_bytes: int
-    date: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    date: str = field(default_factory=lambda: _now())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
     agreement: dict[str, float] = field(default_factory=dict)
     plan: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        self.versions = versions()
+    @staticmethod
+    def read(file: Path) -> Report:
+        """A report that `write` wrote; `RequestError` for anything else."""
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            del found["benchmark"]
+            return Report(**found | {"points": [Point(**point) for point in found["points"]]})
+        except OSError as error:
+            raise RequestError(f"--from {file} cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise RequestError(
+                f"--from {file} is no report of `taut bench`; name a file that its --json wrote"
+            ) from None
 
     def subjects(self) -> list[str]:
         """Names of the subjects, in the order in which they ran."""
@@ -61,6 +71,10 @@ def check_writable(file: Path) -> None:
         raise RequestError(f"--json {file} is a folder; name a file in it")
     if not file.absolute().parent.is_dir():
         raise RequestError(f"--json {file}: the folder {file.parent} does not exist; make it first")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -44,6 +44,7 @@ class Options:
     repeats: int = 5
     json: Path | None = None
     plot: Path | None = None
+    saved: Path | None = None
     revision: str | None = None
     local_files_only: bool = False
     load_in: str | None = None
@@ -53,14 +54,26 @@ def run(options: Options) -> bool:
     """Measure, and print the tables; whether no subject failed but by running out of memory. Everything
     about the options that can be wrong is found before a model is made.
 
-    The JSON file is written again after every case, so that an interrupted run keeps what it has.
+    The JSON file is written again after every case, so that an interrupted run keeps what it has. With
+    `saved`, such a file is shown and nothing is measured.
     """
-    found = measure_all(options, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    if options.saved is not None:
+        found = _saved(options)
+    else:
+        found = measure_all(options, progress=lambda line: print(line, file=sys.stderr, flush=True))
     table.show(found)
     if options.plot is not None:
         for file in plot.draw(found, options.plot):
             print(file)
     return all(point.failed is None or point.out_of_memory for point in found.points)
+
+
+def _saved(options: Options) -> Report:
+    if options.plot is not None:
+        plot.check(options.plot)
+    if options != Options(saved=options.saved, plot=options.plot):
+        raise RequestError("--from shows what was measured, all of it; give nothing but --plot with it")
+    return Report.read(options.saved)
 
 
 def measure_all(options: Options, progress: Callable[[str], None] = lambda _: None) -> Report:

@@ -379,6 +379,10 @@ def bench(
         Path | None, typer.Option(help="Write everything here: device, versions, date, all samples.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw PNG charts into this folder.")] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--from", help="Measure nothing: show, and draw, what --json wrote into this file."),
+    ] = None,
     revision: Revision = None,
     local_files_only: Local = False,
     debug: Debug = False,
@@ -392,5 +396,5 @@ def bench(
 
         given = {name: value for name, value in context.params.items() if name != "debug"}
         # The context holds what was typed; some releases of typer make paths only for the arguments.
-        if not run(Options(**{**given, "json": json, "plot": plot})):
+        if not run(Options(**{**given, "json": json, "plot": plot, "saved": saved})):
             raise typer.Exit(1)

@@ -68,6 +68,10 @@ def test_everything_is_in_the_report(tmp_path: Path) -> None:
     }
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "charts").iterdir())
 
+    again = taut("--from", str(tmp_path / "b.json"), "--plot", str(tmp_path / "again"))
+    assert again.stdout == result.stdout.replace(str(tmp_path / "charts"), str(tmp_path / "again"))
+    assert {file.name for file in (tmp_path / "again").iterdir()} == drawn
+
 
 @pytest.mark.parametrize(("load_in", "form"), [("4bit", "nf4"), ("int8", "int8")])
 def test_small_formats_beside_bitsandbytes_and_16_bit(load_in: str, form: str) -> None:
@@ -184,6 +188,9 @@ ERRORS = [
     ([*TINY, "--json", "/"], "is a folder"),
     ([*TINY, "--plot", __file__], "is a file"),
     (["--shape", "tiny-llama", "--device", "tpu"], "tpu"),
+    (["--from", "/nowhere/b.json"], "/nowhere/b.json cannot be read"),
+    (["--from", __file__], "is no report of `taut bench`"),
+    ([*TINY, "--from", "b.json"], "nothing but --plot"),
     (["--model", "/nowhere/model.gguf"], "/nowhere/model.gguf"),
 ]
 
