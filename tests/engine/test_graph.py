@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import cache
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM, attention_kernel
 from taut.engine import graph
@@ -13,6 +18,7 @@ from taut.engine.graph import DecodeGraph
 from taut.engine.lookup import Lookup
 from taut.engine.request import Request, SamplingParams
 from tests import seq2seq
+from tests.engine.checks import check_pages
 from tests.engine.guesses import Always
 from tests.families import CASES, VOCAB, checkpoint
 
@@ -175,37 +181,87 @@ class Moment:
     synchronize = record
 
 
-@pytest.fixture
-def stepped(monkeypatch):
+@contextmanager
+def steps():
     """Graphs whose steps are run in place of being replayed: what they do on a GPU, but for the capture.
     Attention runs on the reference, the only kind on a CPU that doesn't take a bound of lengths for one."""
-    monkeypatch.setattr(graph, "_capture", lambda step, device, pool: (step(), step)[1])
-    monkeypatch.setattr(graph, "refuses", lambda model: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", Moment)
-    with attention_kernel("eager"):
-        yield
+    with pytest.MonkeyPatch.context() as patch, attention_kernel("eager"):
+        patch.setattr(graph, "_capture", lambda step, device, pool: (step(), step)[1])
+        patch.setattr(graph, "refuses", lambda model: None)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        patch.setattr(torch.cuda, "Event", Moment)
+        yield patch
 
 
 @pytest.mark.parametrize("options", [{}, {"max_rows": 3}, {"page_size": 4, "chunk": 8}], ids=str)
 @pytest.mark.parametrize("name", ["llama", "phi3-longrope", "mistral-window"])
-def test_steps_of_a_graph_give_the_tokens_of_steps_without(name, options, stepped, monkeypatch):
+def test_steps_of_a_graph_give_the_tokens_of_steps_without(name, options):
     """Rows end while others go on in the same graph, and others begin beside them."""
     model = load(name, device="cpu")
-    eager, graphs = (Engine(model, cache_tokens=512, **options) for _ in range(2))
-    graphs.graphs = DecodeGraph(graphs.runner)
     kept, beside = [], []
     keep, start = graph._Graph.keep, DecodeGraph.start
-    monkeypatch.setattr(graph._Graph, "keep", lambda g, places: (kept.append(places), keep(g, places))[1])
+    with steps() as patch:
+        eager, graphs = (Engine(model, cache_tokens=512, **options) for _ in range(2))
+        graphs.graphs = DecodeGraph(graphs.runner)
 
-    def started(self, work):
-        beside.append(len(work) < len(graphs.scheduler.running))
-        return start(self, work)
+        def started(self, work):
+            beside.append(len(work) < len(graphs.scheduler.running))
+            return start(self, work)
 
-    monkeypatch.setattr(DecodeGraph, "start", started)
-    want = outputs(eager, requests())
-    ends = tuple({tokens[len(tokens) // 2] for tokens, _ in want})
-    for eos in ((), ends):
-        assert outputs(graphs, requests(eos)) == outputs(eager, requests(eos))
-        assert graphs.pages.free == graphs.pages.count
+        patch.setattr(graph._Graph, "keep", lambda g, places: (kept.append(places), keep(g, places))[1])
+        patch.setattr(DecodeGraph, "start", started)
+        want = outputs(eager, requests())
+        ends = tuple({tokens[len(tokens) // 2] for tokens, _ in want})
+        for eos in ((), ends):
+            assert outputs(graphs, requests(eos)) == outputs(eager, requests(eos))
+            assert graphs.pages.free == graphs.pages.count
     assert kept and any(beside)
+
+
+@cache
+def tiny():
+    return load("llama", device="cpu")
+
+
+@cache
+def alone(prompt: tuple[int, ...], option: int) -> list[int]:
+    params = SamplingParams(max_new_tokens=14, **PARAMS[option])
+    with attention_kernel("eager"):
+        (done,) = Engine(tiny(), cache_tokens=64).run([Request(list(prompt), params)])
+    return done.output
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_rows_that_come_and_go_beside_graphs_get_the_tokens_they_get_alone(data):
+    with steps():
+        size = data.draw(st.integers(1, 5), "page size")
+        e = Engine(
+            tiny(),
+            page_size=size,
+            cache_tokens=data.draw(st.sampled_from([32, 48, 80]), "cache tokens"),
+            chunk=data.draw(st.sampled_from([2, 7, 64]), "chunk"),
+            max_rows=data.draw(st.sampled_from([2, 5, 9]), "rows"),
+        )
+        e.graphs = DecodeGraph(e.runner)
+        rows: list[tuple[Request, int]] = []
+        for action in data.draw(st.lists(st.sampled_from("ssssstttttc"), min_size=8, max_size=40), "actions"):
+            if action == "s":
+                stem = data.draw(st.sampled_from([(), (7, 8, 9, 7, 8, 9, 11)]))
+                prompt = stem + tuple(data.draw(st.lists(st.integers(3, 30), min_size=1, max_size=5)))
+                option = data.draw(st.integers(0, len(PARAMS) - 1))
+                params = SamplingParams(data.draw(st.integers(1, 14)), **PARAMS[option])
+                rows.append((e.submit(Request(list(prompt), params)), option))
+            elif action == "t":
+                e.step()
+            elif rows:
+                e.cancel(data.draw(st.sampled_from(rows))[0])
+            check_pages(e.scheduler)
+        while e.has_work:
+            e.step()
+            check_pages(e.scheduler)
+        assert e.pages.free == e.pages.count
+        for request, option in rows:
+            made, new = request.output, request.params.max_new_tokens
+            assert made == alone(tuple(request.prompt), option)[: len(made)]
+            assert request.finish_reason == "cancelled" or len(made) == new
