@@ -191,50 +191,55 @@ def pack(
     given = input_ids if inputs_embeds is None else inputs_embeds
     rows, width = given.shape[:2]
     device = given.device
-    if attention_mask is None and position_ids is None:  # nothing to look for, and no wait for the device
-        padding = Padding(None, rows, width)
-        batch = Batch(
-            ids=None if inputs_embeds is not None else padding.pack(input_ids),
-            embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),
-            positions=torch.arange(width, dtype=torch.int32, device=device).repeat(rows),
-            starts=torch.arange(rows + 1, dtype=torch.int32, device=device) * width,
-            longest=width if rows else 0,
-            features=None if features is None else padding.pack(features.to(device)),
-        )
-        return batch, padding
-    if attention_mask is None:
-        real = torch.ones(rows, width, dtype=torch.bool, device=device)
-    elif attention_mask.shape != (rows, width):
-        raise RequestError(
-            f"attention_mask has shape {list(attention_mask.shape)}; expected {[rows, width]}, one a token"
-        )
-    else:
+    real = counts = None
+    tokens, longest = rows * width, width if rows else 0
+    if attention_mask is not None:
+        if attention_mask.shape != (rows, width):
+            raise RequestError(
+                f"attention_mask has shape {list(attention_mask.shape)}; expected {[rows, width]}, one a token"
+            )
         real = attention_mask.to(device) != 0
-    index = real.flatten().nonzero().squeeze(1)
-    full = len(index) == rows * width  # then there is nothing to gather
-    padding = Padding(None if full else index, rows, width)
-    counts = real.sum(1)  # rows without tokens stay rows
-    if position_ids is None:
-        positions = (real.cumsum(1) - 1).flatten()[index]
-    else:
+        counts = real.sum(1)  # rows without tokens stay rows
+        if rows:
+            tokens, longest = torch.stack((counts.sum(), counts.max())).tolist()
+    full = tokens == rows * width  # then there is nothing to gather
+    index = None if full else real.flatten().nonzero().squeeze(1)
+    padding = Padding(index, rows, width)
+    if position_ids is not None:
         if position_ids.shape not in ((rows, width), (1, width), (width,)):
             raise RequestError(
                 f"position_ids has shape {list(position_ids.shape)}; expected {[rows, width]}, one a token"
             )
-        positions = position_ids.to(device).expand(rows, width).flatten()[index]
-        restarts = (positions[1:] <= positions[:-1]).nonzero().squeeze(1) + 1
-        ends = counts.cumsum(0)
-        begins = ends - counts
-        bounds = torch.cat((begins, ends, restarts)).unique()
-        counts = torch.cat((bounds, begins[counts == 0])).sort().values.diff()
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
-    starts[1:] = counts.cumsum(0)
+        positions = padding.pack(position_ids.to(device).expand(rows, width))
+        counts = _restarted(positions, counts, rows, width)
+        longest = int(counts.max()) if len(counts) else 0
+    elif full:
+        positions = torch.arange(width, device=device).repeat(rows)
+    else:
+        positions = padding.pack(real.cumsum(1) - 1)
+    if full and position_ids is None:
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * width
+    else:
+        starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
     batch = Batch(
         ids=None if inputs_embeds is not None else padding.pack(input_ids),
         embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),
         positions=positions.to(torch.int32),
         starts=starts,
-        longest=int(counts.max()) if len(counts) else 0,
+        longest=longest,
         features=None if features is None else padding.pack(features.to(device)),
     )
     return batch, padding
+
+
+def _restarted(positions: Tensor, counts: Tensor | None, rows: int, width: int) -> Tensor:
+    """Tokens of each sequence, where rows hold so many (None: `width` each) and positions that stop
+    increasing begin a new one."""
+    if counts is None:
+        counts = torch.full((rows,), width, device=positions.device)
+    restarts = (positions[1:] <= positions[:-1]).nonzero().squeeze(1) + 1
+    ends = counts.cumsum(0)
+    begins = ends - counts
+    bounds = torch.cat((begins, ends, restarts)).unique()
+    return torch.cat((bounds, begins[counts == 0])).sort().values.diff()
