@@ -13,6 +13,10 @@ off, and its speed up to there is reported: of full batches, without the last lo
 `limit` is what the arithmetic of the prompts and reading weights and cache would take at the device's own
 speed (`--tflops`, `--tbs`): weights are read once a decode step of Taut's, the cache once a token.
 `--shape tiny-llama` runs anywhere in seconds.
+
+`kinds` says where Taut's last round went: number and seconds of steps that the host launched before it had
+read the one ahead (`chained`), of other steps in which rows only decode, and of those with a prefill, and the
+longest of each; `captured`, how many graphs were made meanwhile.
 """
 
 from __future__ import annotations
@@ -80,7 +84,16 @@ class Taut:
     def __init__(self, model: Any, load: Load):
         self.model = model
         self.engine = Resident.of(model).engine(model, self._requests(load))
-        self.steps = 0
+        self.steps: dict[str, list[float]] = {}
+        self.captured = 0
+        self.plan: list[Any] = []
+        schedule = self.engine.scheduler.schedule
+
+        def noted(*drafts: Any) -> list[Any]:
+            self.plan = schedule(*drafts)
+            return self.plan
+
+        self.engine.scheduler.schedule = noted
 
     @staticmethod
     def _requests(load: Load) -> list[Request]:
@@ -96,13 +109,34 @@ class Taut:
         requests = sorted(self._requests(load), key=lambda request: len(request.prompt), reverse=True)
         for request in requests:
             self.engine.submit(request)
-        self.steps = 0
-        while self.engine.has_work and time.perf_counter() < until:
+        self.steps, before = {"chained": [], "decode": [], "prefill": []}, self._graphs()
+        now = time.perf_counter()
+        while self.engine.has_work and now < until:
+            chained, began = self.engine._under_way is not None, now
             self.engine.step()
-            self.steps += 1
+            now = time.perf_counter()
+            decodes = all(work.count == 1 and work.ready for work in self.plan)
+            self.steps["chained" if chained else "decode" if decodes else "prefill"].append(now - began)
+        self.captured = self._graphs() - before
         for request in requests:
             self.engine.cancel(request)
         return sum(len(request.output) for request in requests)
+
+    def _graphs(self) -> int:
+        own = {} if self.engine.graphs is None else self.engine.graphs._graphs
+        return len(own) + len(self.engine.runner.replays._graphs)
+
+    def facts(self) -> dict[str, Any]:
+        kinds = {
+            kind: {"count": len(took), "seconds": sum(took), "longest": sorted(took)[-8:]}
+            for kind, took in self.steps.items()
+        }
+        return {
+            "steps": sum(map(len, self.steps.values())),
+            "kinds": kinds,
+            "captured": self.captured,
+            "cache_tokens": self.engine.pages.tokens,
+        }
 
     def close(self) -> None:
         del self.engine
@@ -223,8 +257,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     taut = Taut(model, load)
     found = {"taut": measure(taut, load, args, device)}
-    found["taut"] |= {"steps": taut.steps, "cache_tokens": taut.engine.pages.tokens}
-    bound = limit(model, load, taut.steps, args.tflops, args.tbs) if device.type == "cuda" else None
+    found["taut"] |= taut.facts()
+    steps = found["taut"]["steps"]
+    bound = limit(model, load, steps, args.tflops, args.tbs) if device.type == "cuda" else None
     taut.close()
     report(args, device, load, bound, found)
     if args.peers == "transformers":

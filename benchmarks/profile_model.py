@@ -1,11 +1,13 @@
 """Where the time of a decode step or of a forward goes: every kernel of a GPU, and what lies between them.
 
     python benchmarks/profile_model.py --load-in nf4 --batches 1,8,32 --json profile_nf4.json
+    python benchmarks/profile_model.py --shape bert-base --dtype float16 --real 100,73,50,27
 
-Decode steps are those of the model's own engine, from the tenth new token on; a forward scores the last
-position. Idle is what no kernel takes of the time from the first one's start to the last one's end. Kernels
-that begin before the one ahead has ended (programmatic dependent launch) are counted from when it has. The
-profiler itself slows the host, so idle time between forwards that are no graph is more than without it.
+A forward scores the last position of one row; of an encoder it is a padded batch, of whose tokens so many per
+cent are real. Decode steps are those of the model's own engine, from the tenth new token on. Idle is what no
+kernel takes of the time from the first one's start to the last one's end. Kernels that begin before the one
+ahead has ended (programmatic dependent launch) are counted from when it has. The profiler itself slows the
+host, so idle time between forwards that are no graph is more than without it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 import triton
+from bench_encoder import grid
 from rich.console import Console
 from rich.table import Table
 
@@ -89,6 +92,17 @@ def forward(model, batch: int, length: int, times: int = 3) -> dict:
     return traced(work, times)
 
 
+def padded(model, rows: int, length: int, share: float, times: int = 10) -> dict:
+    given = grid(rows, length, share, model.device)
+
+    def work():
+        for _ in range(times):
+            model(**given)
+
+    work()
+    return traced(work, times)
+
+
 def show(console: Console, title: str, found: dict) -> None:
     table = Table(title=f"{title}: {found['us']:.0f} us, {found['idle_us']:.0f} of them idle")
     for column in ("kernel", "calls", "us each", "us", "share"):
@@ -113,21 +127,33 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--lengths", type=numbers, default=[512], help="of forwards of one row")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rows", type=int, default=32, help="of a padded batch through an encoder")
+    parser.add_argument("--real", type=numbers, default=[100], help="real tokens of it, in per cent")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="write what was found here")
     asked = parser.parse_args()
-    context = max(asked.context + WARM + asked.steps, *asked.lengths)
-    model = make_model(find(asked.shape), context=context, dtype=torch.bfloat16, device=torch.device("cuda"))
+    shape, context = find(asked.shape), max(asked.lengths)
+    if shape.generates:
+        context = max(context, asked.context + WARM + asked.steps)
+    dtype = getattr(torch, asked.dtype)
+    model = make_model(shape, context=context, dtype=dtype, device=torch.device("cuda"))
     if asked.load_in != "16bit":
         model = quantized(model, named(asked.load_in))
     console, found = Console(width=110), {}
-    for batch in asked.batches:
-        title = f"{asked.shape}, {asked.load_in}, decode of {batch} x {asked.context}"
-        found[title] = decode(model, batch, asked.context, asked.steps)
-        show(console, title, found[title])
+
+    def add(title: str, profile: dict) -> None:
+        found[f"{asked.shape}, {asked.load_in}, {title}"] = profile
+        show(console, title, profile)
+
     for length in asked.lengths:
-        title = f"{asked.shape}, {asked.load_in}, forward of 1 x {length}"
-        found[title] = forward(model, 1, length)
-        show(console, title, found[title])
+        if shape.generates:
+            add(f"forward of 1 x {length}", forward(model, 1, length))
+            continue
+        for share in asked.real:
+            profile = padded(model, asked.rows, length, share / 100)
+            add(f"{asked.rows} x {length}, {share} % real", profile)
+    for batch in asked.batches if shape.generates else ():
+        add(f"decode of {batch} x {asked.context}", decode(model, batch, asked.context, asked.steps))
     if asked.json:
         facts = {
             "device": torch.cuda.get_device_name(),

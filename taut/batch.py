@@ -195,9 +195,8 @@ def pack(
     tokens, longest = rows * width, width if rows else 0
     if attention_mask is not None:
         if attention_mask.shape != (rows, width):
-            raise RequestError(
-                f"attention_mask has shape {list(attention_mask.shape)}; expected {[rows, width]}, one a token"
-            )
+            shape = list(attention_mask.shape)
+            raise RequestError(f"attention_mask has shape {shape}; expected {[rows, width]}, one a token")
         real = attention_mask.to(device) != 0
         counts = real.sum(1)  # rows without tokens stay rows
         if rows:

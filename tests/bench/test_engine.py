@@ -29,6 +29,9 @@ def test_a_small_run(tmp_path: Path, monkeypatch, capsys) -> None:
         assert len(cut[name]["seconds"]) == 1 and cut[name]["tokens"] < cut["new_tokens"]
     assert capsys.readouterr().out.count("cut off after") == 3  # the first table is of Taut alone
     assert 1 < report["taut"]["steps"] <= 20 and report["limit"] is None
+    kinds = report["taut"]["kinds"]
+    assert kinds["prefill"]["count"] == 1 and kinds["chained"]["count"] == 0  # there are no graphs on a CPU
+    assert kinds["prefill"]["count"] + kinds["decode"]["count"] == report["taut"]["steps"]
     model = module.make_model(module.find("tiny-llama"), context=64, dtype=module.torch.float32, device="cpu")
     load = module.Load([[3] * 10, [4] * 5], [3, 2])
     bound = module.limit(model, load, steps=3, tflops=1e-6, tbs=1e-6)
