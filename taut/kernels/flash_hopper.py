@@ -143,7 +143,7 @@ def _attend_blocks(
     q, smem, bars, p, o, top, total, begin, end, first_block, position, keys, window, slope,
     scale, softcap, turn, WG: gl.constexpr, WGS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
-    ALIBI: gl.constexpr, PINGPONG: gl.constexpr, HOLD: gl.constexpr, MASKED: gl.constexpr,
+    ALIBI: gl.constexpr, PINGPONG: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Steps `begin` .. `end`: multiply block i of the keys while block i - 1 is still due its values."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -229,19 +229,18 @@ def _multiply(
             _clear_rows(v_smem.index(0), keys - first_block * N, N, D)
         p, o, top, total, turn = _attend_blocks(
             q, smem, bars, p, o, top, total, 1, until_whole, first_block, position, keys, window, slope,
-            scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, HOLD,
-            True,
+            scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI, PINGPONG, True,
         )  # fmt: skip
         p, o, top, total, turn = _attend_blocks(
             q, smem, bars, p, o, top, total, until_whole, until_masked, first_block, position, keys, window,
             slope, scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI,
-            PINGPONG, HOLD, False,
+            PINGPONG, False,
         )  # fmt: skip
         if WINDOW:
             p, o, top, total, turn = _attend_blocks(
                 q, smem, bars, p, o, top, total, until_masked, count, first_block, position, keys, window,
                 slope, scale, softcap, turn, WG, WGS, ROWS, N, D, STAGES, CAUSAL, WINDOW, SOFTCAP, ALIBI,
-                PINGPONG, HOLD, True,
+                PINGPONG, True,
             )  # fmt: skip
         last = (count - 1) % STAGES
         mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
