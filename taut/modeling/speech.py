@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -224,20 +224,39 @@ class CtcModel(SpeechModel):
             )
 
 
-class SpeechClassifier(SpeechModel):
-    """Scores of each clip, of the mean of what its frames are projected to."""
+class ClipHead:
+    """What models share that score clips: a projection of each token, of the last hidden states or, by
+    learned shares, of all; scores are those of the mean. A subclass, which is a `PreTrainedModel` too, calls
+    `make_head`."""
 
-    suffix = "ForSequenceClassification"
     head = ("projector", "classifier", "layer_weights")
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
-        super().__init__(config, dtype=dtype)
+    def make_head(self, config: ModelConfig, encoder: ModelConfig, dtype: torch.dtype | None) -> None:
+        """The head of `config`, on states of `encoder`."""
         size = config.heads.projection
         self.layer_weights, self.initial = None, {"layer_weights": 0.0}
         if config.heads.all_layers:
-            self.layer_weights = nn.Parameter(torch.empty(len(config.layers) + 1, dtype=dtype))
-        self.projector = Linear(config.dim, size, bias=True, dtype=dtype)
+            self.layer_weights = nn.Parameter(torch.empty(len(encoder.layers) + 1, dtype=dtype))
+        self.projector = Linear(encoder.dim, size, bias=True, dtype=dtype)
         self.classifier = Linear(size, config.num_labels, bias=True, dtype=dtype)
+
+    def projected(self, hidden: Tensor, states: Sequence[Tensor]) -> Tensor:
+        """The projection of `hidden` `[..., dim]`, or of the shares of all `states`: one of that shape for
+        the input of each block, and for what the last one gives."""
+        if self.layer_weights is not None:
+            shares = self.layer_weights.softmax(-1)
+            hidden = sum(share * state.to(hidden) for share, state in zip(shares, states, strict=True))
+        return self.projector(hidden)
+
+
+class SpeechClassifier(ClipHead, SpeechModel):
+    """Scores of each clip, of the mean of what its frames are projected to."""
+
+    suffix = "ForSequenceClassification"
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
+        super().__init__(config, dtype=dtype)
+        self.make_head(config, config, dtype)
 
     def forward(
         self,
@@ -252,12 +271,10 @@ class SpeechClassifier(SpeechModel):
         `hidden_states` and `attentions` if asked. Inputs are those of `SpeechModel.encode`."""
         states = output_hidden_states or self.layer_weights is not None
         found = self.encode(input_values, attention_mask, None, states, output_attentions)
-        hidden = found.hidden
-        if self.layer_weights is not None:
-            shares = self.layer_weights.softmax(-1)
-            hidden = sum(share * state for share, state in zip(shares, found.states, strict=True))
-            found.states = found.states if output_hidden_states else []
-        logits = self.classifier(pool(self.projector(hidden), found.batch, "mean"))
+        projected = self.projected(found.hidden, found.states)
+        logits = self.classifier(pool(projected, found.batch, "mean"))
+        if not output_hidden_states:
+            found.states = []
         loss = None if labels is None else row_loss(logits, labels, self.config)
         output = ModelOutput(loss=loss, logits=logits, **found.extras())
         return output.to_tuple() if return_dict is False else output

@@ -17,10 +17,10 @@ from taut.engine.output import GenerateOutput
 from taut.engine.sources import encoder_states
 from taut.engine.transcribe import detect_language, transcribe
 from taut.errors import RequestError
-from taut.layers.linear import Linear
 from taut.modeling.labels import row_loss
 from taut.modeling.output import ModelOutput
 from taut.modeling.seq2seq import EncoderModel, Seq2SeqLM, Seq2SeqModel, tables
+from taut.modeling.speech import ClipHead
 from taut.modeling.text import Encoded, run
 
 
@@ -237,21 +237,15 @@ class SpeechEncoderModel(_Hears, EncoderModel):
         )
 
 
-class SpeechEncoderClassifier(SpeechEncoderModel):
+class SpeechEncoderClassifier(ClipHead, SpeechEncoderModel):
     """The encoder of spectrograms with scores of each clip, of the mean of what its tokens are projected
     to."""
 
     suffix = "ForAudioClassification"
-    head = ("projector", "classifier", "layer_weights")
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__(config, dtype=dtype)
-        size = config.heads.projection
-        self.layer_weights, self.initial = None, {"layer_weights": 0.0}
-        if config.heads.all_layers:
-            self.layer_weights = nn.Parameter(torch.empty(len(config.encoder.layers) + 1, dtype=dtype))
-        self.projector = Linear(config.encoder.dim, size, bias=True, dtype=dtype)
-        self.classifier = Linear(size, config.num_labels, bias=True, dtype=dtype)
+        self.make_head(config, config.encoder, dtype)
 
     def freeze_encoder(self) -> None:
         """Give nothing but the head a gradient."""
@@ -284,16 +278,13 @@ class SpeechEncoderClassifier(SpeechEncoderModel):
         else:
             hidden = encoder_states(encoder_outputs, self.config.encoder.dim).to(self.device, self.dtype)
             states = getattr(encoder_outputs, "hidden_states", None)
-        if self.layer_weights is not None:
-            if states is None or len(states) != len(self.layer_weights):
-                raise RequestError(
-                    "the model classifies by all hidden states ('use_weighted_layer_sum'), and "
-                    f"encoder_outputs has {len(states or ())} of {len(self.layer_weights)}; ask the encoder "
-                    "for them with output_hidden_states=True"
-                )
-            shares = self.layer_weights.softmax(-1)
-            hidden = sum(share * state.to(hidden) for share, state in zip(shares, states, strict=True))
-        logits = self.classifier(self.projector(hidden).mean(1))
+        if self.layer_weights is not None and len(states or ()) != len(self.layer_weights):
+            raise RequestError(
+                "the model classifies by all hidden states ('use_weighted_layer_sum'), and "
+                f"encoder_outputs has {len(states or ())} of {len(self.layer_weights)}; ask the encoder "
+                "for them with output_hidden_states=True"
+            )
+        logits = self.classifier(self.projected(hidden, states).mean(1))
         loss = None if labels is None else row_loss(logits, labels, self.config)
         if not output_hidden_states:
             extras["hidden_states"] = None

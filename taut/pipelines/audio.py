@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from taut.pipelines.base import Piece, Settings
-from taut.pipelines.classification import apply, check_labels, labelled
+from taut.pipelines.base import Piece
+from taut.pipelines.classification import MediaClassificationSettings, apply, labelled
 from taut.pipelines.sounds import SoundPipeline
 
 
@@ -51,29 +50,16 @@ class HearingPipeline(SoundPipeline):
         return self.model(values, attention_mask=mask)
 
 
-@dataclass(frozen=True)
-class AudioClassificationSettings(Settings):
-    """`top_k`: how many labels, None for all; `function_to_apply`: "softmax", "sigmoid" or "none" instead of
-    what the model's config says; `timeout`: seconds to wait for an address."""
-
-    top_k: int | None = 5
-    function_to_apply: str | None = None
-    timeout: float | None = 30.0
-
-    def __post_init__(self) -> None:
-        check_labels(self)
-
-
 class AudioClassification(HearingPipeline):
     """A sound to its labels, `[{"label", "score"}]`, the best first."""
 
     task = "audio-classification"
-    settings = AudioClassificationSettings
+    settings = MediaClassificationSettings
 
-    def prepare_one(self, item: Any, settings: AudioClassificationSettings) -> list[Piece]:
+    def prepare_one(self, item: Any, settings: MediaClassificationSettings) -> list[Piece]:
         return [self.piece(self.hear(item, settings.timeout))]
 
-    def compute(self, pieces: Sequence[Piece], settings: AudioClassificationSettings) -> Sequence[Tensor]:
+    def compute(self, pieces: Sequence[Piece], settings: MediaClassificationSettings) -> Sequence[Tensor]:
         return self.run(pieces).logits.to(torch.float32).cpu().unbind(0)
 
     def finish(
@@ -81,7 +67,7 @@ class AudioClassification(HearingPipeline):
         item: Any,
         pieces: Sequence[Piece],
         outputs: Sequence[Tensor],
-        settings: AudioClassificationSettings,
+        settings: MediaClassificationSettings,
     ) -> list[dict[str, Any]]:
         config, function = self.model.config, settings.function_to_apply
         if function is None and config.num_labels == 1 and config.problem_type is None:

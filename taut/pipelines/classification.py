@@ -49,6 +49,19 @@ def labelled(scores: Tensor, config: ModelConfig, top_k: int | None) -> list[dic
 
 
 @dataclass(frozen=True)
+class MediaClassificationSettings(Settings):
+    """Of images and of sounds. `top_k`: how many labels, None for all; `function_to_apply`: "softmax",
+    "sigmoid" or "none" instead of what the model's config says; `timeout`: seconds to wait for an address."""
+
+    top_k: int | None = 5
+    function_to_apply: str | None = None
+    timeout: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        check_labels(self)
+
+
+@dataclass(frozen=True)
 class TextClassificationSettings(Settings):
     """`top_k`: how many labels of each text, None for all; `function_to_apply`: "softmax", "sigmoid" or
     "none" instead of what the model's config says; `truncation`, `max_length`: the tokenizer's; so is

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taut.errors import RequestError
 from taut.pipelines.base import Piece, Pipeline, Settings
-from taut.pipelines.classification import apply, check_labels, labelled
+from taut.pipelines.classification import MediaClassificationSettings, apply, labelled
 from taut.processor import open_image
 
 
@@ -54,29 +54,16 @@ def _pillow(item: Any) -> bool:
     return hasattr(item, "getexif")
 
 
-@dataclass(frozen=True)
-class ImageClassificationSettings(Settings):
-    """`top_k`: how many labels, None for all; `function_to_apply`: "softmax", "sigmoid" or "none" instead of
-    what the model's config says; `timeout`: seconds to wait for an address."""
-
-    top_k: int | None = 5
-    function_to_apply: str | None = None
-    timeout: float | None = 30.0
-
-    def __post_init__(self) -> None:
-        check_labels(self)
-
-
 class ImageClassification(ImagePipeline):
     """An image to its labels, `[{"label", "score"}]`, the best first."""
 
     task = "image-classification"
-    settings = ImageClassificationSettings
+    settings = MediaClassificationSettings
 
-    def prepare_one(self, item: Any, settings: ImageClassificationSettings) -> list[Piece]:
+    def prepare_one(self, item: Any, settings: MediaClassificationSettings) -> list[Piece]:
         return self.see(item, timeout=settings.timeout)
 
-    def compute(self, pieces: Sequence[Piece], settings: ImageClassificationSettings) -> Sequence[Tensor]:
+    def compute(self, pieces: Sequence[Piece], settings: MediaClassificationSettings) -> Sequence[Tensor]:
         return self.run(pieces, lambda output: output.logits)
 
     def finish(
@@ -84,7 +71,7 @@ class ImageClassification(ImagePipeline):
         item: Any,
         pieces: Sequence[Piece],
         outputs: Sequence[Tensor],
-        settings: ImageClassificationSettings,
+        settings: MediaClassificationSettings,
     ) -> list[dict[str, Any]]:
         scores = apply(outputs[0], self.model.config, settings.function_to_apply)
         return labelled(scores, self.model.config, settings.top_k)
