@@ -10,6 +10,8 @@ from taut.checkpoint import Checkpoint
 from taut.config import DTYPES, ModelConfig
 from taut.errors import RequestError, nearest
 
+DEVICE = str | int | torch.device  # what names one
+
 
 def pick_device(where: Any) -> torch.device:
     """The one device that `where` names: "auto" (the first GPU, otherwise the CPU), a device or its name,
@@ -30,8 +32,10 @@ def pick_device(where: Any) -> torch.device:
         raise RequestError(f"device is {where!r}; known: auto, cpu, cuda, cuda:0 ...") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
+            build = "" if torch.version.cuda else f" ({torch.__version__} is built without CUDA)"
             raise RequestError(
-                f"device is {str(device)!r}, but this PyTorch sees no CUDA GPU; use device='cpu'"
+                f"device is {str(device)!r}, but this PyTorch sees no CUDA GPU{build}; use device='cpu', or "
+                "device_map='auto', which takes a GPU where there is one"
             )
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise RequestError(

@@ -12,6 +12,8 @@ import taut
 from taut import AutoModelForCausalLM, CausalLM
 from taut.errors import CheckpointError, ConfigError, NumericsError, RequestError, TautError, WeightsError
 from taut.models import read_config
+from taut.processor.output import BatchFeature
+from taut.tokenizer.encoding import BatchEncoding
 from tests.families import CASES, VOCAB, checkpoint
 
 LLAMA = CASES[0]
@@ -92,12 +94,21 @@ def test_what_is_wrong_with_a_config_is_named(folder, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_named(folder):
+def test_a_gpu_that_is_not_there_is_named(folder, model):
+    named = r"'cuda:3', but this PyTorch sees no CUDA GPU.*; use device='cpu', or device_map='auto'"
     for place in ({"device": "cuda:3"}, {"device_map": {"": 3}}, {"device_map": 3}):
-        with pytest.raises(
-            RequestError, match="'cuda:3', but this PyTorch sees no CUDA GPU; use device='cpu'"
-        ):
+        with pytest.raises(RequestError, match=named):
             AutoModelForCausalLM.from_pretrained(folder, **place)
+    for movable in (model, BatchEncoding({"input_ids": IDS}), BatchFeature({"pixel_values": IDS})):
+        for where in ("cuda:3", 3, torch.device("cuda", 3)):
+            with pytest.raises(RequestError, match=named):
+                movable.to(where)
+    for move in (model.cuda, lambda: model.to(device="cuda"), lambda: model.to("cuda", torch.float16)):
+        with pytest.raises(RequestError, match="'cuda', but this PyTorch sees no CUDA GPU"):
+            move()
+    with pytest.raises(RequestError, match="device is 'gpu'; known: auto, cpu, cuda"):
+        model.to("gpu")
+    assert model.to("auto", torch.float16).to(device="cpu").dtype is torch.float16
 
 
 def _edit_config(folder, **changes):

@@ -35,7 +35,7 @@ from taut.modeling.configs import config_at
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
 from taut.models import family, layouts, read_config, stem
-from taut.placement import pick_device, pick_dtype
+from taut.placement import DEVICE, pick_device, pick_dtype
 from taut.quant.base import Packed, Stack
 from taut.quant.choose import asked, choose, keeps_blocks, unpacked
 from taut.quant.config import BitsAndBytesConfig
@@ -145,6 +145,21 @@ class PreTrainedModel(nn.Module):
     def is_quantized(self) -> bool:
         """Whether any linear layer is held packed."""
         return any(isinstance(module, Packed) for module in self.modules())
+
+    # ------------------------------------------------------------------------------------ where it is
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """As `nn.Module.to`: a device ("auto" too), a dtype, or both. What is held packed moves, and stays as
+        it is. `RequestError` for a device that is not there."""
+        if isinstance(kwargs.get("device"), DEVICE):
+            kwargs["device"] = pick_device(kwargs["device"])
+        if args and isinstance(args[0], DEVICE):
+            args = (pick_device(args[0]), *args[1:])
+        return super().to(*args, **kwargs)
+
+    def cuda(self: Self, device: int | torch.device | None = None) -> Self:
+        """`to` a GPU, by its number; None: the current one."""
+        return self.to("cuda" if device is None else device)
 
     # ------------------------------------------------------------------------------------ computing
 

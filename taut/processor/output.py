@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from taut.errors import MediaError, nearest
+from taut.placement import pick_device
 
 
 class BatchFeature(dict):
@@ -26,12 +27,14 @@ class BatchFeature(dict):
 
     def to(self, *where: Any, device: Any = None, dtype: torch.dtype | None = None) -> BatchFeature:
         """Moves the tensors to a device, and those of floating point to a dtype, in place; returns itself.
-        `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)` and by keyword."""
+        `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)` and by keyword. `RequestError` for a
+        device that is not there."""
         for one in where:
             if isinstance(one, torch.dtype):
                 dtype = one
             else:
                 device = one
+        device = None if device is None else pick_device(device)
         for name, value in self.items():
             if isinstance(value, Tensor):
                 self[name] = value.to(device=device, dtype=dtype if value.is_floating_point() else None)

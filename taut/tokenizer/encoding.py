@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from taut.errors import TokenizerError, nearest
+from taut.placement import pick_device
 
 TENSORS = ("pt", "np")
 
@@ -49,7 +50,9 @@ class BatchEncoding(dict):
         return self._encodings
 
     def to(self, device: str | torch.device | int, *, non_blocking: bool = False) -> BatchEncoding:
-        """Moves the tensors to `device`, in place; returns itself."""
+        """Moves the tensors to `device`, in place; returns itself. `RequestError` for one that is not
+        there."""
+        device = pick_device(device)
         for key, value in self.items():
             if isinstance(value, Tensor):
                 self[key] = value.to(device, non_blocking=non_blocking)
