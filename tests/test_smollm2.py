@@ -69,6 +69,39 @@ def test_greedy_text_equals_transformers_alone_and_in_one_padded_batch(ours, the
         assert in_batch == want
 
 
+@pytest.mark.gpu
+def test_greedy_text_on_a_gpu_is_that_of_the_cpu(ours, tokenizer):
+    there = AutoModelForCausalLM.from_pretrained(GGUF, dtype="float32", device_map="cuda")
+    options = {"max_new_tokens": 16, "do_sample": False}
+    padded = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    want = ours.generate(**padded, **options)
+    assert there.generate(**padded.to("cuda"), **options).tolist() == want.tolist()
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        alone = ours.generate(**inputs, **options)
+        assert there.generate(**inputs.to("cuda"), **options).tolist() == alone.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_on_a_gpu_are_as_close_as_transformers(ours, theirs, tokenizer, dtype, tmp_path):
+    import transformers
+
+    there = AutoModelForCausalLM.from_pretrained(GGUF, dtype=dtype, device_map="cuda")
+    ours.save_pretrained(tmp_path)  # of the file itself, it may compute in float32
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    oracle, errors = oracle.to("cuda"), []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            want = theirs(ids).logits
+            made = [model(ids.cuda()).logits.cpu().float() for model in (there, oracle)]
+        errors.append(torch.stack([(logits - want).square().mean(-1)[0] for logits in made]))
+    # Tokens with large activations, the first ones above all, are off by chance: the median is of the others.
+    got, rounded = torch.cat(errors, -1).median(-1).values
+    assert got <= 1.5 * rounded
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_model_and_at_most_a_tenth_more():
     """Resident memory of a fresh process: its peak while loading against the finished bfloat16 model."""
