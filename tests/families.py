@@ -353,13 +353,11 @@ def oracle(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     auto: str = "AutoModelForCausalLM",
+    **changes: Any,
 ) -> transformers.PreTrainedModel:
-    """The case's model in transformers."""
-    model = (
-        getattr(transformers, auto)
-        .from_pretrained(checkpoint(case, auto), dtype=dtype, attn_implementation=case.attention)
-        .to(device)
-    )
+    """The case's model in transformers, with `changes` to its config."""
+    options = {"dtype": dtype, "attn_implementation": case.attention, **changes}
+    model = getattr(transformers, auto).from_pretrained(checkpoint(case, auto), **options).to(device)
     for module in model.modules():
         if type(module).__name__ == "GptOssExperts":  # before 5.18 the file's is ignored
             module.limit = getattr(model.config, "swiglu_limit", 7.0)
