@@ -30,7 +30,7 @@ def test_the_plan_names_each_choice_and_the_reasons_against_the_others():
     plan = load(GEMMA2).plan()
     choice = next(c for c in plan.choices if c.op == "attention of even rows")
     assert (choice.first, choice.last, choice.chosen) == (0, 2, "eager")
-    assert [name for name, _ in choice.passed] == ["paged", "cudnn", "flash", "sdpa"]
+    assert [name for name, _ in choice.passed] == ["paged", "cudnn", "flash", "packed", "sdpa"]
     assert "has no soft-cap (asked: 50.0)" in dict(choice.passed)["sdpa"]
     text = str(plan)
     assert "attention of a decode step" in text and "no soft-cap" in text
@@ -83,13 +83,14 @@ def test_an_encoder_decoder_counts_its_stacks_apart_and_lists_what_attends_to_th
     case = next(case for case in SEQ2SEQ if case.name == "bart-uneven-scaled")
     model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint(case, "AutoModelForSeq2SeqLM"))
     model.decoder.layers[1].encoder_attn.only = ("eager",)
-    model(IDS, decoder_input_ids=IDS)
+    with torch.inference_mode():
+        model(IDS, decoder_input_ids=IDS)
     choices = model.plan().choices
     own = [(c.stack, c.first, c.last, c.chosen) for c in choices if c.op == "attention of even rows"]
     cross = [(c.stack, c.first, c.last, c.chosen) for c in choices if "encoder's" in c.op]
-    assert own == [("encoder", 0, 0, "sdpa"), ("decoder", 0, 2, "sdpa")]
-    assert cross == [("decoder", i, i, name) for i, name in enumerate(("sdpa", "eager", "sdpa"))]
-    assert called == ["sdpa", "sdpa", "sdpa", "sdpa", "eager", "sdpa", "sdpa"]
+    assert own == [("encoder", 0, 0, "sdpa"), ("decoder", 0, 2, "packed")]
+    assert cross == [("decoder", i, i, name) for i, name in enumerate(("packed", "eager", "packed"))]
+    assert called == ["sdpa", "packed", "packed", "packed", "eager", "packed", "packed"]
     assert {c.stack for c in choices if "cached" in c.op} == {"decoder"}
     assert "decoder 0-2" in str(model.plan())
 

@@ -508,6 +508,19 @@ def _paged(q, k, v, starts, longest, scoring, pages, key_rows):
     return paged_attention(q, starts, longest, scoring, pages)
 
 
+def _packed_refuses(call: Call) -> str | None:
+    from taut.kernels.attention_llvm import refuses
+
+    return refuses(call)
+
+
+def _packed(q, k, v, starts, longest, scoring, pages, key_rows):
+    """Taut's attention of packed rows on a CPU; see `kernels.attention_llvm`."""
+    from taut.kernels.attention_llvm import packed_attention
+
+    return packed_attention(q, k, v, starts, longest, scoring, key_rows)
+
+
 # Head dim, and from how many queries a row cuDNN is ahead of `flash`: without and with a backward pass.
 _CUDNN_WINS = MappingProxyType({64: (1024, 1024), 128: (1024, 1024)})
 
@@ -550,6 +563,7 @@ CANDIDATES: Mapping[str, Candidate] = MappingProxyType(
         "paged": Candidate(_paged_refuses, _paged, backend="flash"),
         "cudnn": Candidate(_cudnn_refuses, _cudnn, backend="cudnn"),
         "flash": Candidate(_flash_refuses, _flash, backend="flash"),
+        "packed": Candidate(_packed_refuses, _packed, backend="flash"),
         "sdpa": Candidate(_sdpa_refuses, _sdpa),
         "eager": Candidate(lambda call: None, _reference, backend="math"),
     }

@@ -53,7 +53,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...] | None] = MappingProxyType(
 )
 # What `strict` leaves of "auto": where nothing needs to fall back, one of these runs.
 STRICT: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"cuda": ("paged", "cudnn", "flash"), "cpu": ("paged", "sdpa")}
+    {"cuda": ("paged", "cudnn", "flash"), "cpu": ("paged", "packed", "sdpa")}
 )
 
 

@@ -11,9 +11,19 @@ import torch
 pytest.importorskip("llvmlite")
 pytest.importorskip("triton")
 
-from taut.kernels import gemv_llvm, llvm, norm, norm_llvm, packed_llvm, paged_llvm, rope, rope_llvm
+from taut.kernels import (
+    attention_llvm,
+    gemv_llvm,
+    llvm,
+    norm,
+    norm_llvm,
+    packed_llvm,
+    paged_llvm,
+    rope,
+    rope_llvm,
+)
 from taut.kernels.act import ACTIVATIONS
-from taut.kernels.attention import Pages, attention
+from taut.kernels.attention import Call, KeyRows, Pages, Scoring, attention
 from taut.kernels.gemv import gemv_reference
 from taut.kernels.threads import Tape, recording
 from taut.quant.affine import Affine
@@ -260,6 +270,92 @@ def test_attention(name, dtype) -> None:
     wide = Pages(keys.double(), values.double(), table, lengths, max(case.lengths))
     want = attention(q.double(), None, None, starts, max(case.queries), case.scoring, wide, only=("eager",))
     assert got.shape == want.shape and distance(got, want) < BOUNDS[dtype]
+
+
+DISTANCES = torch.randn(6, 13, generator=torch.Generator().manual_seed(1))
+SCORINGS = {
+    "full": Scoring(0.3, causal=False),
+    "causal": Scoring(0.3),
+    "window": Scoring(0.3, window=5),
+    "full-window": Scoring(0.3, causal=False, window=20),
+    "alibi": Scoring(0.3, slopes=torch.linspace(0.1, 1, 6)),
+    "relative": Scoring(0.3, causal=False, relative=DISTANCES),
+    "everything": Scoring(0.3, window=18, slopes=torch.linspace(0.1, 1, 6), relative=DISTANCES),
+}
+# Rows that are empty, of a token, of less than four keys and of less, as many and more than 16 queries.
+UNEVEN = (3, 0, 1, 16, 35, 2, 7, 17, 0)
+
+
+def packed(counts, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[tokens, heads, dim]`, between numbers that aren't, and where rows begin."""
+    around = torch.full((sum(counts) + 2, heads + 2, dim), torch.nan)
+    around[1:-1, 1:-1] = torch.randn(sum(counts), heads, dim)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    return around.to(dtype)[1:-1, 1:-1], starts
+
+
+def exact(q, k, v, starts, longest, scoring, key_rows=None):
+    q, k, v = (t.double() for t in (q, k, v))
+    return attention(q, k, v, starts, longest, scoring, only=("eager",), key_rows=key_rows)
+
+
+@pytest.mark.parametrize("processor", ["this processor", "AVX2", "no x86"], indirect=True)
+def test_attention_of_packed_rows_on_every_processor(processor) -> None:
+    qkv, starts = packed(UNEVEN, 6, 32, torch.float32)
+    call = (*qkv.split(2, 1), starts, 35, SCORINGS["full-window"])
+    assert distance(attention_llvm.packed_attention(*call, None), exact(*call)) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("scoring", SCORINGS.values(), ids=SCORINGS)
+def test_attention_of_packed_rows(scoring, dtype) -> None:
+    kv_heads, dim = (2, 48) if scoring.window else (6, 16)
+    qkv, starts = packed(UNEVEN, 6 + 2 * kv_heads, dim, dtype)
+    q, k, v = qkv.split((6, kv_heads, kv_heads), 1)
+    got = attention(q, k, v, starts, 35, scoring, only=("packed",))
+    assert distance(got, exact(q, k, v, starts, 35, scoring)) < BOUNDS[dtype]
+    # A row in a batch is that row alone, whatever its neighbours are.
+    begin, end = starts[4:6].tolist()
+    alone = attention(q[begin:end], k[begin:end], v[begin:end], starts[:1].new_tensor([0, 35]), 35, scoring)
+    k[:begin], v[end:] = torch.nan, torch.inf
+    for batch in (got, attention(q, k, v, starts, 35, scoring, only=("packed",))):
+        assert torch.equal(batch[begin:end], alone)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [((5, 1, 0, 40, 2), (4, 19, 2, 0, 33)), ((), ()), ((0, 0), (3, 0))],
+    ids=["uneven", "none", "empty"],
+)
+def test_attention_to_packed_rows_of_others(counts) -> None:
+    q, starts = packed(counts[0], 4, 16, torch.float32)
+    kv, key_starts = packed(counts[1], 4, 16, torch.float32)
+    rows = KeyRows(key_starts, max(counts[1], default=0))
+    call = (q, *kv.split(2, 1), starts, max(counts[0], default=0), Scoring(0.3, causal=False))
+    got, want = attention(*call, only=("packed",), key_rows=rows), exact(*call, rows)
+    assert got.shape == q.shape and torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_attention_of_packed_rows_says_what_it_does_not_take() -> None:
+    q, full, one = torch.ones(4, 2, 16), Scoring(1.0, causal=False), torch.zeros(2, 1)
+    pages = Pages(q[None], q[None], torch.zeros(1, 1).int(), torch.ones(1).int(), 4)
+    rows = KeyRows(torch.zeros(2).int(), 4)
+    for call, why in (
+        (Call(q, 1, 4, full), None),
+        (Call(q, 1, 4, replace(full, relative=one), key_rows=rows), "where all are seen alike"),
+        (Call(q, 1, 4, Scoring(1.0), key_rows=rows), "where all are seen alike"),
+        (Call(q, 1, 4, full, pages), "no keys from cache pages"),
+        (Call(q, 1, 4, replace(full, softcap=2.0)), "this has a soft-cap"),
+        (Call(q, 1, 4, replace(full, sinks=one[:, 0])), "this has a sinks"),
+        (Call(q, 1, 4, replace(full, relative=one, gate=one)), "this has a gate"),
+        (Call(q[:, :, :8], 1, 4, full), "divisible by 16; asked: 8"),
+        (Call(q.double(), 1, 4, full), "not float64"),
+        (Call(q, 1, 8193, full), "at most 8192 keys a row; a row has 8193"),
+    ):
+        got = attention_llvm.refuses(call)
+        assert got is None if why is None else why in got
+    with torch.inference_mode(False), torch.enable_grad():
+        assert attention_llvm.refuses(Call(q, 1, 4, full)) == "has no backward"
 
 
 def test_a_tape_plays_the_same_kernels_on_what_its_tensors_hold_then(threads) -> None:
