@@ -36,6 +36,27 @@ def test_products_equal_their_steps(dtype, pointwise, biased):
             assert torch.equal(strided, kept)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_in_its_own_order_give_the_same_and_are_kept_for_the_block_alone(dtype, monkeypatch):
+    made, reorder = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda *given: made.append(given) or reorder(*given)
+    )
+    x, weight, bias, residual = operands(dtype, 40)
+    other = weight.flip(0)
+    bound = 1e-6 if dtype is torch.float32 else 1e-2
+    for turn in (1, 2):
+        with onednn.reordering():
+            for w in (weight, other, weight):
+                for rows in (40, 3):  # the order is made for the first
+                    given = (x[:rows], w, bias, None, residual[:rows])
+                    want = bias.double() + x[:rows].double() @ w.double().T + residual[:rows].double()
+                    assert torch.allclose(onednn.linear(*given).double(), want, bound * 10, bound * 10)
+        assert len(made) == 2 * turn
+    onednn.linear(x, weight.clone(), bias)
+    assert len(made) == 4
+
+
 def test_it_leaves_to_others_what_it_does_not_do():
     x, weight, *_ = operands(torch.float32)
     assert not onednn.takes(x[:1], weight)  # a single row is read faster by others
