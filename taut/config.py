@@ -478,6 +478,16 @@ class ModelConfig:
         return self.waves.step
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it is a decoder that attends to an encoder."""
+        return self.pairing is not None
+
+    @property
+    def use_cache(self) -> bool:
+        """What `config.json` says; in Taut a forward keeps what it is asked to keep, whatever this is."""
+        return self.source.get("use_cache", True)
+
+    @property
     def id2label(self) -> dict[int, str]:
         """The name of each label of a classifier."""
         named = self.source.get("id2label")
@@ -508,6 +518,41 @@ class ModelConfig:
         ropes = {layer.attn.rope for layer in self.layers if layer.attn.rope is not None}
         bounds = [rope.scaling.context for rope in ropes if isinstance(rope.scaling, LongRope)]
         return min(bounds) if bounds else None
+
+
+# What programs set in the config of a model that there is. `use_cache` changes nothing.
+SETTABLE = (
+    *("bos_token_id", "decoder_start_token_id", "eos_token_id", "id2label", "label2id", "name_or_path"),
+    *("pad_token_id", "problem_type", "use_cache"),
+)
+
+
+def _set(config: ModelConfig, name: str, value: Any) -> None:
+    """`config.name = value`, under the name in `config.json`."""
+    if name not in SETTABLE:
+        raise ConfigError(
+            f"config.{name} can't be changed: models are made for it; give from_pretrained {name}={value!r}. "
+            f"What can be: {', '.join(SETTABLE)}"
+        )
+    if name == "label2id":
+        name, value = "id2label", {index: label for label, index in value.items()}
+    if name == "id2label":
+        value = {str(index): label for index, label in value.items()}
+        if len(value) != config.num_labels:
+            raise ConfigError(
+                f"id2label has {len(value)} labels, and the model scores {config.num_labels}; give "
+                "from_pretrained num_labels or id2label for a head of another size"
+            )
+        config.source["label2id"] = {label: int(index) for index, label in value.items()}
+    config.source[name] = value
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if name == "eos_token_id":
+        object.__setattr__(config, "eos_token_ids", ids)
+    elif name.endswith("_token_id"):
+        object.__setattr__(config, name, ids[0] if ids else None)
+
+
+ModelConfig.__setattr__ = _set  # which a frozen dataclass can't define
 
 
 class Reader:

@@ -13,8 +13,9 @@ from taut import AutoModelForCausalLM, CausalLM
 from taut.errors import CheckpointError, ConfigError, NumericsError, RequestError, TautError, WeightsError
 from taut.models import read_config
 from taut.processor.output import BatchFeature
+from taut.quant.base import Packed
 from taut.tokenizer.encoding import BatchEncoding
-from tests.families import CASES, VOCAB, checkpoint
+from tests.families import CASES, VOCAB, checkpoint, oracle
 
 LLAMA = CASES[0]
 
@@ -274,3 +275,66 @@ def test_training_between_generations_sees_and_keeps_its_weights(folder):
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, reference(IDS).logits, atol=0.05)
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_model_changes_its_dtype_as_it_would_load_in_it(folder, dtype):
+    wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    if dtype is not torch.bfloat16:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    model.generate(IDS, **options)  # an engine of the dtype before
+    assert {torch.bfloat16: model.bfloat16, torch.float16: model.half, torch.float32: model.float}[
+        dtype
+    ]() is model
+    assert model.dtype is dtype and torch.equal(model(IDS).logits, wanted(IDS).logits)
+    assert torch.equal(model.generate(IDS, **options), wanted.generate(IDS, **options))
+    assert model.train().training and not model.eval().training
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_parameters_are_counted_as_in_transformers(name):
+    case = next(case for case in CASES if case.name == name)
+    model, theirs = AutoModelForCausalLM.from_pretrained(checkpoint(case)), oracle(case)
+    assert model.num_parameters() == theirs.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == theirs.num_parameters(exclude_embeddings=True)
+
+
+@torch.no_grad()
+def test_packed_weights_stay_as_they_are_in_another_dtype(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, load_in_4bit=True)
+    before, packed = model(IDS).logits, [m for m in model.modules() if isinstance(m, Packed)]
+    buffers = [(buffer, buffer.clone()) for module in packed for buffer in module.buffers()]
+    got = model.bfloat16()(IDS).logits
+    assert model.dtype is torch.bfloat16 and model.is_quantized
+    after = [buffer for module in packed for buffer in module.buffers()]
+    assert all(a.dtype is b.dtype and torch.equal(a, b) for a, (_, b) in zip(after, buffers, strict=True))
+    assert (got - before).norm() < 0.03 * before.norm()
+
+
+def test_what_programs_set_in_a_config_is_set_and_all_else_is_an_error(folder, tmp_path):
+    auto = taut.AutoModelForSequenceClassification
+    with pytest.warns(UserWarning, match="newly initialised"):
+        model = auto.from_pretrained(folder, num_labels=2)
+    config = model.config
+    assert config.use_cache is True and config.is_encoder_decoder is False
+    config.use_cache, config.id2label = False, {0: "no", 1: "yes"}
+    assert config.label2id == {"no": 0, "yes": 1}
+    config.label2id = {"yes": 0, "no": 1}
+    config.eos_token_id, config.problem_type = [4, 5], "regression"
+    ids = torch.tensor([[5, 9, 7, 7]])
+    config.pad_token_id = 7  # the last token that isn't one is scored
+    torch.testing.assert_close(model(ids).logits, model(ids[:, :2]).logits)
+    for name, value, message in (
+        ("hidden_size", 64, r"config.hidden_size can't be changed.*hidden_size=64"),
+        ("id2label", {0: "one"}, "id2label has 1 labels, and the model scores 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            setattr(config, name, value)
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path).config
+    for read in (config, again):
+        assert (read.use_cache, read.pad_token_id, read.eos_token_ids) == (False, 7, (4, 5))
+        assert read.id2label == {0: "yes", 1: "no"} and read.problem_type == "regression"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.use_cache is True

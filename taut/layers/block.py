@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from taut.batch import Batch
 from taut.config import Layer, Mlp, ModelConfig, Moe
@@ -132,7 +134,12 @@ class Stack(nn.Module):
 
     By itself it takes embeddings (`Batch.embeds`); what makes these of something else is a subclass, with
     modules of its own, made in `make_embedding`, and its `embed`.
+
+    With `gradient_checkpointing`, of what is computed for a gradient only the input of each block is kept,
+    and the backward pass computes the rest again (Chen et al. 2016).
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__()
@@ -174,9 +181,18 @@ class Stack(nn.Module):
         bias = None if self.grid_bias is None else self.grid_bias(batch)
         if self.config.wide and x.dtype is torch.float16:
             x = x.float()
+        again = self.gradient_checkpointing and batch.kv is None and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, batch, rotations.get(layer.config.attn.rope), relative, bias)
+            run = _recomputed(layer) if again else layer
+            x = run(x, batch, rotations.get(layer.config.attn.rope), relative, bias)
         return x if self.norm is None else self.norm(x)
+
+
+def _recomputed(layer: Block) -> Callable[..., Tensor]:
+    """A call of the block that the backward pass makes once more, in the context (which attention may run) of
+    this one, whatever its thread."""
+    run = partial(copy_context().run, layer)
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
 class Decoder(Stack):

@@ -31,13 +31,14 @@ class Embedding(nn.Module):
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, dim, dtype=dtype))
-        self.scale, self.padding = scale, padding if padding is not None and padding < vocab else None
+        self.scale, self.padding = scale, padding
         self.shape = torch.Size((vocab, dim))  # of the weight, however it is held
         self.packed: Packed | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.packed is None:
-            x = F.embedding(ids, self.weight, self.padding)
+            there = self.padding is not None and self.padding < self.shape[0]
+            x = F.embedding(ids, self.weight, self.padding if there else None)
         else:
             x = self.packed.rows_at(ids.flatten(), self.like.dtype).view(*ids.shape, -1)
         return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype)

@@ -27,16 +27,18 @@ from taut.hub import resolve
 from taut.kernels.attention import Call, explain
 from taut.kernels.dispatch import compiled_refuses, triton_refuses
 from taut.layers.attention import Attention
-from taut.layers.block import Block
-from taut.layers.embedding import PositionEmbedding
+from taut.layers.block import Block, Stack
+from taut.layers.embedding import Embedding, PositionEmbedding
 from taut.layers.norm import HeadNorm, Norm
 from taut.layers.siblings import rejoin, separate
 from taut.modeling.configs import config_at
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
+from taut.modeling.resize import resize
 from taut.models import family, layouts, read_config, stem
 from taut.placement import DEVICE, pick_device, pick_dtype
-from taut.quant.base import Packed, Stack
+from taut.quant.base import Packed
+from taut.quant.base import Stack as PackedStack
 from taut.quant.choose import asked, choose, keeps_blocks, unpacked
 from taut.quant.config import BitsAndBytesConfig
 from taut.weights import Rule
@@ -104,12 +106,17 @@ class PreTrainedModel(nn.Module):
         yield from self.parameters()
         yield from self.buffers()
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, a tied head counted once. What is held packed counts as what it stands for,
-        and can't be trained."""
-        dense = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-        packed = (m for m in self.modules() if isinstance(m, Packed) and not isinstance(m, Stack))
-        return dense if only_trainable else dense + sum(m.out_features * m.in_features for m in packed)
+        and can't be trained. `exclude_embeddings`: without the tables of tokens, of their features and of
+        positions."""
+        tables = [m for m in self.modules() if isinstance(m, Embedding | PositionEmbedding)]
+        out = {id(x) for m in tables for x in (*m.parameters(), *m.modules())} if exclude_embeddings else ()
+        kept = (p for p in self.parameters() if id(p) not in out)
+        dense = sum(p.numel() for p in kept if p.requires_grad or not only_trainable)
+        packed = (m for m in self.modules() if isinstance(m, Packed) and not isinstance(m, PackedStack))
+        held = sum(m.out_features * m.in_features for m in packed if id(m) not in out)
+        return dense if only_trainable else dense + held
 
     def newly_initialised(self) -> list[str]:
         """Parameters that the checkpoint had no weights for, and that have to be trained."""
@@ -123,7 +130,7 @@ class PreTrainedModel(nn.Module):
     def memory_by_format(self) -> dict[str, int]:
         """Bytes of parameters and buffers by what they are kept in: "bfloat16", "nf4", "int8" ..."""
         found: dict[str, int] = {}
-        packed = [m for m in self.modules() if isinstance(m, Packed) and not isinstance(m, Stack)]
+        packed = [m for m in self.modules() if isinstance(m, Packed) and not isinstance(m, PackedStack)]
         for module in packed:
             found[module.kind] = found.get(module.kind, 0) + module.nbytes
         inside = {id(t) for module in packed for t in module.buffers()}
@@ -193,6 +200,68 @@ class PreTrainedModel(nn.Module):
         finally:
             for handle in hooks:
                 handle.remove()
+
+    # ------------------------------------------------------------------------------------ training
+
+    supports_gradient_checkpointing = True
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep the inputs of blocks alone for the backward pass, and compute the rest again there: gradients
+        are the same, activations take the memory of one block, and a step takes one more forward pass.
+
+        `gradient_checkpointing_kwargs`: `{"use_reentrant": False}`, which is how Taut does it anyway.
+        `RequestError` for others.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False) or options:
+            raise RequestError(
+                f"gradient_checkpointing_kwargs is {dict(gradient_checkpointing_kwargs)}; known: "
+                "use_reentrant=False; leave it out"
+            )
+        self._checkpoint(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all that the backward pass needs."""
+        self._checkpoint(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass."""
+        return any(stack.gradient_checkpointing for stack in self._stacks())
+
+    def _checkpoint(self, on: bool) -> None:
+        for stack in self._stacks():
+            stack.gradient_checkpointing = on
+
+    def _stacks(self) -> Iterator[Stack]:
+        return (module for module in self.modules() if isinstance(module, Stack))
+
+    # ------------------------------------------------------------------------------------ the vocabulary
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """The module that looks tokens up, or makes tokens of an image; None for a model of sounds."""
+        return None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The module whose matrix scores tokens; None for a model that scores none."""
+        return None
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """Give the vocabulary `new_num_tokens` ids, rounded up to `pad_to_multiple_of`: the table of tokens,
+        a head over them and the config. Those that there are stay, up to the new number; new ones begin at
+        the mean of the old (`mean_resizing`; Hewitt 2021), otherwise drawn as `init_weights` does with biases
+        of 0. Returns the table. Parameters are new objects: make optimizers afterwards.
+
+        Raises `RequestError` for a model without one table, or which holds it packed.
+        """
+        return resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     # ------------------------------------------------------------------------------------ loading, saving
 
