@@ -395,7 +395,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 # A slice is at most this many bytes as read, so that loading needs the model and little more.
-_SLICE_BYTES = 8 << 20
+_SLICE_BYTES = 2 << 20
 
 
 def load(

@@ -50,7 +50,7 @@ def test_a_model_is_resized_as_in_transformers(case, head, count, tmp_path):
     if before.shape[-1] > 2:  # scores of tokens
         close(got[..., : min(count, VOCAB)], before[..., :count], 1e-6)
     ids[0, 1] = count - 1
-    close(logits(model, ids), logits(theirs, ids), 1e-3)  # theirs are drawn around the mean, which ours are
+    close(logits(model, ids), logits(theirs, ids), 1e-2)  # theirs are drawn around the mean, which ours are
 
     model.save_pretrained(tmp_path)
     again = getattr(taut, head).from_pretrained(tmp_path)

@@ -19,6 +19,21 @@ from taut.errors import RequestError
 PACKAGES = ("taut", "torch", "triton", "transformers", "bitsandbytes", "flash_attn", "numpy")
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter here and are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 @dataclass
 class Report:
     """Everything a run found, JSON-ready. `agreement`: for each peer, the largest difference of its scores
@@ -30,8 +45,8 @@ class Report:
     device: dict[str, Any]
     settings: dict[str, Any]
     weights_bytes: int
-    date: str = field(default_factory=lambda: _now())
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    date: str = field(default_factory=_now)
+    versions: dict[str, str] = field(default_factory=versions)
     agreement: dict[str, float] = field(default_factory=dict)
     plan: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -71,21 +86,6 @@ def check_writable(file: Path) -> None:
         raise RequestError(f"--json {file} is a folder; name a file in it")
     if not file.absolute().parent.is_dir():
         raise RequestError(f"--json {file}: the folder {file.parent} does not exist; make it first")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter here and are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def describe(device: torch.device) -> dict[str, Any]:

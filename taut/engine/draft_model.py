@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taut.engine.choose import choose
-from taut.engine.graph import ROW_BUCKETS, DecodeGraph, refuses
+from taut.engine.graph import DecodeGraph, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Ahead, Request, Row
 from taut.engine.runner import Runner
@@ -140,7 +140,7 @@ class DraftModel:
         """Guess by steps that follow one another on the device, if they can."""
         steps = max(draft.count for draft in drafts)
         work = [Work(draft, draft.computed, 1, True) for draft in drafts]
-        if self.graphs is None or len(work) > ROW_BUCKETS[-1] or not all(map(self.graphs.accepts, work)):
+        if self.graphs is None or len(self.graphs.takes(work)) < len(work):
             return False
         if any(d.request.length + steps > self._context or not self._reserve(d, steps) for d in drafts):
             return False

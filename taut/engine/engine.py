@@ -16,7 +16,7 @@ from taut.engine.admit import check_request
 from taut.engine.beams import Beams
 from taut.engine.choose import Asked, choose, logprobs
 from taut.engine.drafts import Ledger, grouped
-from taut.engine.graph import ROW_BUCKETS, DecodeGraph, Pending, refuses
+from taut.engine.graph import DecodeGraph, Pending, refuses
 from taut.engine.pages import PagePool
 from taut.engine.request import Request, Row
 from taut.engine.runner import Runner, turns_by_length
@@ -199,7 +199,7 @@ class Engine:
         """
         if self.graphs is None:
             return [], work
-        chained = [w for w in work if self.graphs.accepts(w)][: ROW_BUCKETS[-1]]
+        chained = self.graphs.takes(work)
         if len(chained) == len(work):
             return chained, []
         if all(w.count == 1 for w in work):

@@ -101,13 +101,15 @@ class DecodeGraph:
         self._pool = torch.cuda.graph_pool_handle()
         self._workspace = Workspace.of(runner.device)
 
-    def accepts(self, work: Work) -> bool:
-        """Whether a step's work can be a graph's: one token of a row, sampled plainly."""
+    def takes(self, work: list[Work]) -> list[Work]:
+        """What of a step's work a graph can do: one token a row, each of them sampled plainly."""
         where = restrictions()
         if where not in self._refused:
             self._refused[where] = refuses(self.runner.model)
-        one = work.count == 1 and work.ready and not work.drafts
-        return self._refused[where] is None and one and plain(work.row.request)
+        if self._refused[where] is not None:
+            return []
+        fits = [w for w in work if w.count == 1 and w.ready and not w.drafts and plain(w.row.request)]
+        return fits[: ROW_BUCKETS[-1]]
 
     def start(self, work: list[Work]) -> Pending:
         """Launch a step from what the host knows."""
@@ -170,6 +172,7 @@ class _Graph:
         # Two places for tokens: the host reads one while the next step fills the other.
         self._out = [torch.zeros(rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
+        # Two events, so that pages can be written while a copy of `keep` waits for the step under way.
         self._copied, self._kept = torch.cuda.Event(), torch.cuda.Event()
         self.filled = 0  # rows that had work when it was last filled
         self.replay = _capture(self._step, device, pool)  # all rows are idle: it writes nothing
@@ -238,6 +241,7 @@ class _Graph:
 
     def keep(self, places: Sequence[int]) -> None:
         """Leave all rows but these idle from the next step on."""
+        self._copied.synchronize()
         self._kept.synchronize()
         active = _views(self._host, self._sizes)[5]
         active.zero_()

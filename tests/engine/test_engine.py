@@ -52,8 +52,8 @@ class Chained:
     def __init__(self, e: Engine):
         self.e, self.followed = e, 0
 
-    def accepts(self, work) -> bool:
-        return work.count == 1 and work.ready and not work.drafts and plain(work.row.request)
+    def takes(self, work):
+        return [w for w in work if w.count == 1 and w.ready and not w.drafts and plain(w.row.request)]
 
     def start(self, work):
         tokens, _ = self.e.sampler(self.e.runner(work), [w.row for w in work])
