@@ -1,10 +1,11 @@
-"""What every test shares: tests marked `gpu` are skipped where there is no CUDA device;
-scratch folders are removed at the end."""
+"""What every test shares: it draws the same numbers every time; tests marked `gpu` are skipped where there is
+no CUDA device; scratch folders are removed at the end."""
 
 from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup() -> None:
+    """What failed fails again, alone too."""
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
