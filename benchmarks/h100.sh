@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What docs/ says of an H100, measured again: benchmarks/h100.sh FOLDER [GROUP ...], from the repository's root.
-# Files land in FOLDER under their names in benchmarks/results/. Without a GROUP all run, in about half an hour.
+# Files land in FOLDER under their names in benchmarks/results/. Without a GROUP all run, but for `cuts`.
 # Needs transformers, and bitsandbytes for `small` and `load`.
 set -uo pipefail
 [ $# -ge 1 ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }
