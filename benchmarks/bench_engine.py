@@ -16,7 +16,7 @@ speed (`--tflops`, `--tbs`): weights are read once a decode step of Taut's, the 
 
 `kinds` says where Taut's last round went: number and seconds of steps that the host launched before it had
 read the one ahead (`chained`), of other steps in which rows only decode, and of those with a prefill, and the
-longest of each; `captured`, how many graphs were made meanwhile.
+longest of each; `captured`, how many graphs were made meanwhile, and `compiled`, which kernels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,8 +45,10 @@ from taut.bench.peers import make_peers
 from taut.bench.shapes import SHAPES, find
 from taut.bench.subjects import make_model, shared_weights
 from taut.engine.engine import token_bytes
+from taut.engine.graph import ROW_BUCKETS
 from taut.engine.request import Request, SamplingParams
 from taut.engine.resident import Resident
+from taut.kernels.gemv import WINNING_ROWS
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,23 @@ class Load:
         return sum(self.new)
 
 
+@contextmanager
+def compilations(names: list[str]) -> Iterator[None]:
+    """Note the names of the Triton kernels that are compiled, or read from the disk, meanwhile."""
+    try:
+        from triton import knobs
+    except ImportError:
+        yield
+        return
+
+    def noted(*, src: Any, **_: Any) -> None:
+        names.append(src.fn.__name__)
+
+    with knobs.compilation.scope():
+        knobs.compilation.listener = noted
+        yield
+
+
 class Taut:
     """Taut's engine, as `generate_batch` uses it."""
 
@@ -86,6 +107,7 @@ class Taut:
         self.engine = Resident.of(model).engine(model, self._requests(load))
         self.steps: dict[str, list[float]] = {}
         self.captured = 0
+        self.compiled: list[str] = []
         self.plan: list[Any] = []
         schedule = self.engine.scheduler.schedule
 
@@ -101,8 +123,13 @@ class Taut:
         return [Request(list(prompt), SamplingParams(new), scope=None) for prompt, new in pairs]
 
     def warm(self, load: Load, few: int) -> None:
-        """All prompts: steps of every number of rows are captured."""
+        """All prompts, then few rows, short and long, which have kernels of their own: the peer captures its
+        graphs when it starts."""
         self.serve(load.brief(), math.inf)
+        longest = max(load.prompts, key=len)
+        for rows in (rows for rows in ROW_BUCKETS if rows <= WINNING_ROWS):
+            for prompt in (longest[:1], longest):
+                self.serve(Load([prompt] * rows, [4] * rows), math.inf)
 
     def serve(self, load: Load, until: float) -> int:
         """Serve the load, or what can be until then; tokens that were made."""
@@ -110,13 +137,15 @@ class Taut:
         for request in requests:
             self.engine.submit(request)
         self.steps, before = {"chained": [], "decode": [], "prefill": []}, self._graphs()
+        self.compiled = []
         now = time.perf_counter()
-        while self.engine.has_work and now < until:
-            chained, began = self.engine._under_way is not None, now
-            self.engine.step()
-            now = time.perf_counter()
-            decodes = all(work.count == 1 and work.ready for work in self.plan)
-            self.steps["chained" if chained else "decode" if decodes else "prefill"].append(now - began)
+        with compilations(self.compiled):
+            while self.engine.has_work and now < until:
+                chained, began = self.engine._under_way is not None, now
+                self.engine.step()
+                now = time.perf_counter()
+                decodes = all(work.count == 1 and work.ready for work in self.plan)
+                self.steps["chained" if chained else "decode" if decodes else "prefill"].append(now - began)
         self.captured = self._graphs() - before
         for request in requests:
             self.engine.cancel(request)
@@ -135,6 +164,7 @@ class Taut:
             "steps": sum(map(len, self.steps.values())),
             "kinds": kinds,
             "captured": self.captured,
+            "compiled": self.compiled,
             "cache_tokens": self.engine.pages.tokens,
         }
 
