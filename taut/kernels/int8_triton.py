@@ -30,7 +30,14 @@ def _find(x, flags, rows, inputs, threshold, ROWS: tl.constexpr, BLOCK: tl.const
         inside = (row < rows)[:, None] & (k < inputs)[None, :]
         v = tl.load(x + row.to(tl.int64)[:, None] * inputs + k[None, :], mask=inside, other=0.0)
         most = tl.maximum(most, tl.abs(v.to(tl.float32)))
-    tl.atomic_or(flags + k, 1, mask=(k < inputs) & (tl.max(most, 0) >= threshold))
+    tl.store(flags + k, 1, mask=(k < inputs) & (tl.max(most, 0) >= threshold))  # whoever does: it is a 1
+
+
+@triton.jit
+def _taken(found, CAPACITY: tl.constexpr):
+    """How many columns the strips take: none where there are more than they hold."""
+    count = tl.load(found)
+    return tl.where(count <= CAPACITY, count, 0)
 
 
 @triton.jit
@@ -55,7 +62,7 @@ def _quantize(
     v = tl.load(x + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
     if OUTLIERS:
         v = tl.where(tl.load(flags + k, mask=k < inputs, other=0) > 0, 0.0, v)
-        count = tl.minimum(tl.load(found), CAPACITY)
+        count = _taken(found, CAPACITY)
         for start in range(0, tl.cdiv(count, 32) * 32, 32):
             c = start + tl.arange(0, 32)
             column = tl.load(found + 1 + c, mask=c < count, other=0)
@@ -73,7 +80,7 @@ def _quantize(
 def _gather(weight, weight_scale, found, strip, outputs, inputs, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
     """Columns of the weight that the outliers meet, as a strip `[outputs, CAPACITY]` in 16 bit."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.minimum(tl.load(found), CAPACITY)
+    count = _taken(found, CAPACITY)
     s = tl.load(weight_scale + n, mask=n < outputs, other=0.0) * (1 / 127)
     wide = n.to(tl.int64)[:, None]
     for start in range(0, tl.cdiv(count, 32) * 32, 32):
