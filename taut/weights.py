@@ -7,9 +7,11 @@ Loading reads it one way and saving the other, so a rule can't be right in one d
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -17,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from taut.checkpoint import Deferred, LazyTensor
+from taut.checkpoint.ahead import ReadAhead, target_of
+from taut.checkpoint.base import span_of
 from taut.errors import WeightsError, nearest
 from taut.layers.embedding import Embedding
 from taut.layers.experts import ExpertLinear
@@ -396,6 +400,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 # A slice is at most this many bytes as read, so that loading needs the model and little more.
 _SLICE_BYTES = 2 << 20
+_SLICE_BYTES_AHEAD = 32 << 20  # of the device's memory, where it is read ahead
 
 
 def load(
@@ -410,14 +415,16 @@ def load(
     packers: Mapping[str, Packer] = MappingProxyType({}),
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Fill a model built on the meta device, in `dtype` on `device`, one slice at a time.
+    """Fill a model built on the meta device, in `dtype` on `device`, one slice at a time; for a GPU, threads
+    read ahead what lies in files as it is.
 
     `packers` names the checkpoint's matrices (or stacks of experts' matrices) that are to be held packed,
     and how; each becomes so, and those of one weight are joined, before the next is read. All or nothing:
     names and shapes are checked before anything is allocated, and parameters replace the meta ones only once
     every slice has been read. Peak memory is the model, one slice, and of a packed one what packing a matrix
-    and joining the matrices of a weight take. `progress(done, total)` is called with bytes of the finished
-    model. What the report calls fresh is allocated, and left to the caller to initialise.
+    and joining the matrices of a weight take; reading ahead takes 128 MB of the host. `progress(done, total)`
+    is called with bytes of the finished model. What the report calls fresh is allocated, and left to the
+    caller to initialise.
     """
     device, shapes = torch.device(device), _shapes(model)
     # A stored packed matrix is upright whatever way its dense one would lie.
@@ -448,22 +455,23 @@ def load(
         if progress is not None:
             progress(done, total)
 
+    in_order = (*dense_pieces, *(p for found in runs.values() for run in found for p in run))
     params = dict(model.named_parameters())
-    filled = {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items() if n not in runs}
-    entries = _Entries(device)
-    for piece in dense_pieces:
-        target = piece.view(filled[piece.param])
-        _fill(target, piece, tensors[piece.disk], entries)
-        loaded(target.numel() * dtype.itemsize)
     packed: dict[str, Packed | PackedExperts] = {}
-    for name, found in runs.items():
-        units = []
-        for run, count in zip(found, sizes[name], strict=True):
-            source, packer = tensors[run[0].disk], packers.get(run[0].disk)
-            units.append(_pack(run, source, packer, shapes[name][-1], dtype, entries))
-            loaded(count)
-        # Joined here, so that the next matrices take the memory of these.
-        packed[name] = model.get_submodule(name.removesuffix(".weight")).joined(units)
+    with _Reads([piece for piece in in_order if piece.disk not in upright], tensors, device) as reads:
+        filled = {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items() if n not in runs}
+        for piece in dense_pieces:
+            target = piece.view(filled[piece.param])
+            reads.fill(target, piece)
+            loaded(target.numel() * dtype.itemsize)
+        for name, found in runs.items():
+            units = []
+            for run, count in zip(found, sizes[name], strict=True):
+                source, packer = tensors[run[0].disk], packers.get(run[0].disk)
+                units.append(_pack(run, source, packer, shapes[name][-1], dtype, reads))
+                loaded(count)
+            # Joined here, so that the next matrices take the memory of these.
+            packed[name] = model.get_submodule(name.removesuffix(".weight")).joined(units)
     for name, tensor in filled.items():
         path, _, kind = name.rpartition(".")
         setattr(
@@ -474,33 +482,67 @@ def load(
     return report
 
 
-class _Entries:
-    """Reads single entries of stacked tensors, computing on `device` what is computed, and keeps the last:
-    its parts are asked for one after the other."""
+class _Reads:
+    """What a load reads, in the order of `pieces`: on the device where it is read ahead, otherwise where the
+    source gives it. What is asked for again at once, as a stack's entry is for each part, is read once."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._last: tuple[str, int, Tensor] = ("", -1, torch.empty(0))
+    def __init__(self, pieces: Iterable[Piece], tensors: Mapping[str, LazyTensor], device: torch.device):
+        self.device, self._tensors = device, tensors
+        target = target_of(device)
+        self._slice_bytes = _SLICE_BYTES if target is None else _SLICE_BYTES_AHEAD
+        self._asked = deque((piece.disk, *rows) for piece in pieces for rows in self._rows(piece))
+        self._kept: Tensor | None = None
+        self._ahead: ReadAhead | None = None
+        if target is not None:
+            spans = (span_of(tensors[name], start, stop) for (name, start, stop), _ in groupby(self._asked))
+            self._ahead = ReadAhead([span for span in spans if span is not None], target)
 
-    def read(self, source: LazyTensor, name: str, entry: int) -> Tensor:
-        if self._last[:2] != (name, entry):
-            where = {"device": self.device} if isinstance(source, Mxfp4Experts) else {}
-            self._last = (name, entry, source.read(entry, entry + 1, **where)[0])
-        return self._last[2]
+    def __enter__(self) -> _Reads:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
 
-def _fill(target: Tensor, piece: Piece, source: LazyTensor, entries: _Entries) -> None:
-    """Copy a piece's rows into `target`, a slice at a time."""
-    if piece.entry is not None:
-        target.copy_(piece.place(entries.read(source, piece.disk, piece.entry)))
-        return
-    for begin, end in _slices(piece, source):
-        if piece.transposed:
-            target.copy_(piece.place(source.read()))
-        elif target.dim():
-            target[begin:end].copy_(source.read(piece.disk_start + begin, piece.disk_start + end))
+    def fill(self, target: Tensor, piece: Piece) -> None:
+        """Copy a piece's rows into `target`, a slice at a time."""
+        for start, stop in self._rows(piece):
+            rows = self._read(piece.disk, start, stop)
+            if piece.entry is not None:
+                target.copy_(piece.place(rows[0]))
+            elif piece.transposed or not target.dim():
+                target.copy_(piece.place(rows))
+            else:
+                target[start - piece.disk_start : stop - piece.disk_start].copy_(rows)
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        asked = self._asked.popleft()
+        if asked != (name, start, stop):
+            raise RuntimeError(f"{name}[{start}:{stop}] is asked for, but {asked} was to be next")
+        found = self._source(self._tensors[name], start, stop) if self._kept is None else self._kept
+        self._kept = found if self._asked and self._asked[0] == asked else None
+        return found
+
+    def _source(self, source: LazyTensor, start: int, stop: int) -> Tensor:
+        if self._ahead is not None and (span := span_of(source, start, stop)) is not None:
+            raw = self._ahead.read(span).view(source.dtype)
+            return raw.view(stop - start, *source.shape[1:]) if source.shape else raw.view(())
+        if isinstance(source, Mxfp4Experts):
+            return source.read(start, stop, device=self.device)
+        return source.read(start, stop)
+
+    def _rows(self, piece: Piece) -> Iterator[tuple[int, int]]:
+        """The rows of the disk tensor that are read for a piece."""
+        source = self._tensors[piece.disk]
+        if piece.entry is not None:
+            yield piece.entry, piece.entry + 1
+        elif piece.transposed or not source.shape:
+            yield 0, source.shape[0] if source.shape else 1
         else:
-            target.copy_(source.read())
+            row_bytes = max(1, source.dtype.itemsize * torch.Size(source.shape[1:]).numel())
+            step = max(1, self._slice_bytes // row_bytes)
+            for start in range(piece.disk_start, piece.disk_stop, step):
+                yield start, min(piece.disk_stop, start + step)
 
 
 def _pack(
@@ -509,7 +551,7 @@ def _pack(
     packer: Packer | None,
     inputs: int,
     dtype: torch.dtype,
-    entries: _Entries,
+    reads: _Reads,
 ) -> Packed:
     """The matrix of one run of pieces, as its packer makes it from the file's order, or dense where it has
     none. What a file stacks is packed part by part, since no other reader knows it packed."""
@@ -521,16 +563,16 @@ def _pack(
     order -= order.min()
 
     def read() -> Tensor:
-        whole = torch.empty(rows, inputs, dtype=dtype, device=entries.device)
+        whole = torch.empty(rows, inputs, dtype=dtype, device=reads.device)
         first = min(p.disk_start for p in run)
         for piece in run:
             at = 0 if stacked else piece.disk_start - first
-            _fill(whole[at:][: piece.rows], piece, source, entries)
+            reads.fill(whole[at:][: piece.rows], piece)
         return whole
 
-    packed = Dense(read()) if packer is None else packer(source, read, entries.device)
+    packed = Dense(read()) if packer is None else packer(source, read, reads.device)
     in_order = bool((order.diff() > 0).all())
-    return packed if in_order else Reordered(packed, order.to(entries.device))
+    return packed if in_order else Reordered(packed, order.to(reads.device))
 
 
 def linears(model: nn.Module, rules: Sequence[Rule] = ()) -> list[str]:
@@ -591,16 +633,6 @@ def _runs(
                 )
         out[name] = runs
     return out
-
-
-def _slices(piece: Piece, source: LazyTensor) -> Iterator[tuple[int, int]]:
-    if piece.transposed or not source.shape:
-        yield 0, piece.rows
-        return
-    row_bytes = max(1, source.dtype.itemsize * torch.Size(source.shape[1:]).numel())
-    step = max(1, _SLICE_BYTES // row_bytes)
-    for begin in range(0, piece.rows, step):
-        yield begin, min(piece.rows, begin + step)
 
 
 def store(model: nn.Module, rules: Sequence[Rule] = ()) -> list[Deferred]:

@@ -39,6 +39,22 @@ class LazyTensor(Protocol):
 
 
 @dataclass(frozen=True)
+class Span:
+    """`count` bytes of a file, from `offset` on."""
+
+    path: Path
+    offset: int
+    count: int
+
+
+def span_of(tensor: LazyTensor, start: int, stop: int) -> Span | None:
+    """Where the bytes of rows `[start, stop)` lie in a file, if they lie there as `read` gives them: None for
+    a tensor that is computed, or in memory."""
+    find = getattr(tensor, "span", None)
+    return None if find is None else find(start, stop)
+
+
+@dataclass(frozen=True)
 class Deferred:
     """A `LazyTensor` that a function makes when it is read, for `write_safetensors`."""
 
@@ -85,13 +101,19 @@ def rows(tensor: LazyTensor, start: int, stop: int | None) -> tuple[int, int]:
 
 
 def read_bytes(path: Path, offset: int, count: int) -> Tensor:
-    """`count` bytes of a file from `offset`, as uint8 `[count]` in fresh memory.
+    """`count` bytes of a file from `offset`, as uint8 `[count]` in fresh memory."""
+    out = torch.empty(count, dtype=torch.uint8)
+    read_into(out, path, offset)
+    return out
+
+
+def read_into(out: Tensor, path: Path, offset: int) -> None:
+    """Fill `out`, uint8 `[count]` in host memory, with the bytes of a file from `offset`.
 
     Ordinary reads and not a memory map, so that resident memory is what was asked for and nothing else.
     """
-    out = torch.empty(count, dtype=torch.uint8)
     view = memoryview(out.numpy())
-    done = 0
+    done, count = 0, len(view)
     with file_errors(path), open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while done < count:
@@ -102,7 +124,6 @@ def read_bytes(path: Path, offset: int, count: int) -> Tensor:
                     "promised; the file changed or is truncated: download it again"
                 )
             done += got
-    return out
 
 
 def read_json(path: Path) -> dict[str, Any]:

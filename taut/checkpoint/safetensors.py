@@ -21,6 +21,7 @@ from torch import Tensor
 from taut.checkpoint.base import (
     Deferred,
     LazyTensor,
+    Span,
     file_errors,
     parse_json,
     read_bytes,
@@ -73,10 +74,14 @@ class SafetensorsTensor:
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         start, stop = rows(self, start, stop)
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        raw = read_bytes(self.path, self.offset + start * row, (stop - start) * row)
+        span = self.span(start, stop)
+        raw = read_bytes(span.path, span.offset, span.count)
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         return raw.view(self.dtype).reshape(shape)
+
+    def span(self, start: int, stop: int) -> Span:
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return Span(self.path, self.offset + start * row, (stop - start) * row)
 
 
 # ---------------------------------------------------------------------------------------------- reading
