@@ -99,17 +99,18 @@ def _scale_codes(device: torch.device) -> Tensor:
 
 
 def _blocks(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Each value over the largest magnitude of its block, float32 in [-1, 1], and those magnitudes."""
-    flat = values.float()
+    """Each value over the largest magnitude of its block, float32 in [-1, 1] but for the last bit, and those
+    magnitudes, float32."""
+    flat = values if values.dtype in (torch.bfloat16, torch.float16) else values.float()
     whole = flat.numel() // block * block
     body = flat[:whole].view(-1, block)
-    absmax = body.abs().amax(1)
-    scaled = (body * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).view(-1)
+    absmax = body.abs().amax(1).float()
+    scaled = (body * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
     if whole < flat.numel():
-        tail = flat[whole:]
+        tail = flat[whole:].float()
         largest = tail.abs().max()
         absmax = torch.cat((absmax, largest[None]))
-        scaled = torch.cat((scaled, (tail / largest.clamp(min=1e-38)).clamp(-1, 1)))
+        scaled = torch.cat((scaled, tail / largest.clamp(min=1e-38)))
     return scaled, absmax
 
 
@@ -125,7 +126,7 @@ def quantize(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tensor]:
             absmax[-1].clamp_(min=1e-38)  # as bitsandbytes keeps the scale of a last, shorter block
         if scaled.numel() % 2:
             scaled = F.pad(scaled, (0, 1))
-        nibbles = order[torch.bucketize(scaled, middle, out_int32=True)]
+        nibbles = order.index_select(0, torch.bucketize(scaled, middle, out_int32=True))
         codes.append((nibbles[::2] << 4) | nibbles[1::2])
         scales.append(absmax)
     return (codes[0], scales[0]) if len(codes) == 1 else (torch.cat(codes), torch.cat(scales))
@@ -136,7 +137,7 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     the mean in each 256 of them `[ceil(blocks / 256)]`, and the mean `[]`."""
     offset = scales.mean()
     scaled, absmax = _blocks(scales - offset, NESTED)
-    steps = ((scaled + 1) * 0.5 * _GRID + 0.5).int()
+    steps = ((scaled.clamp_(-1, 1) + 1) * 0.5 * _GRID + 0.5).int()
     codes = _scale_codes(scales.device)[steps]
     # A block without any deviation is all code 0 in bitsandbytes; times 0, every code means the same.
     flat = (absmax == 0).repeat_interleave(NESTED)[: codes.numel()]

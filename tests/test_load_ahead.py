@@ -1,0 +1,119 @@
+"""Loads that read ahead give the bytes of loads that don't: on the CPU by a stand-in, and on a GPU."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from taut import AutoModelForCausalLM, BitsAndBytesConfig, weights
+from taut.checkpoint import ahead
+from taut.checkpoint.base import Span
+from taut.errors import CheckpointError
+from tests.families import CASES, checkpoint
+
+# Parts, fused in one and in groups, transposed, experts one by one and stacked; a bias; a tied head.
+FAMILIES = ["llama", "phi3", "gpt-neox", "gpt2", "falcon-40b", "qwen3-moe", "gpt-oss", "qwen2"]
+FORMATS = {
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "fp4": {"dtype": torch.bfloat16, "load_in_4bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+every_format = pytest.mark.parametrize("form", FORMATS)
+
+
+class Standin:
+    """A device that reads a buffer at once, and leaves nothing in it."""
+
+    def __init__(self):
+        self.copied = 0
+
+    def buffer(self, size):
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def empty(self, size):
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def copy(self, to, buffer):
+        to.copy_(buffer)
+        buffer.fill_(255)
+        self.copied += to.numel()
+        return lambda: None
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Buffers that go round many times, of slices that go through several."""
+    monkeypatch.setattr(ahead, "CHUNK", 1000)
+    monkeypatch.setattr(ahead, "BUFFERS", 5)
+    monkeypatch.setattr(ahead, "THREADS", 3)
+    monkeypatch.setattr(weights, "_SLICE_BYTES_AHEAD", 5000)
+
+
+def load(name, form, device="cpu"):
+    options = dict(FORMATS[form])
+    dtype = options.pop("dtype", torch.bfloat16)
+    if options:
+        options = {"quantization_config": BitsAndBytesConfig(**options)}
+    path = checkpoint(next(case for case in CASES if case.name == name))
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device=device, **options)
+
+
+def check_same(got, want):
+    got, want = got.state_dict(), want.state_dict()
+    assert got.keys() == want.keys()
+    for name, tensor in got.items():
+        assert (tensor.dtype, tensor.device) == (want[name].dtype, want[name].device), name
+        assert torch.equal(tensor, want[name]), name
+
+
+@every_format
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_bytes_are_the_same(name, form, monkeypatch):
+    want, standin = load(name, form), Standin()
+    monkeypatch.setattr(weights, "target_of", lambda device: standin)
+    check_same(load(name, form), want)
+    files = checkpoint(next(case for case in CASES if case.name == name)).glob("*.safetensors")
+    assert standin.copied > 0.9 * sum(file.stat().st_size for file in files)  # less the header
+
+
+def test_a_file_that_ends_early_leaves_no_thread(monkeypatch):
+    def short(out, path, offset):
+        if offset > 50_000:
+            raise CheckpointError(f"{path}: ended at byte {offset}")
+        read(out, path, offset)
+
+    read = ahead.read_into
+    monkeypatch.setattr(ahead, "read_into", short)
+    monkeypatch.setattr(weights, "target_of", lambda device: Standin())
+    for form in ("bfloat16", "nf4"):
+        with pytest.raises(CheckpointError, match="ended at byte"):
+            load("llama", form)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("taut-read")]
+
+
+@pytest.mark.gpu
+@every_format
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_a_gpu_the_bytes_are_those_of_a_load_that_waits(name, form, monkeypatch):
+    got = load(name, form, "cuda")
+    monkeypatch.setattr(weights, "target_of", lambda device: None)
+    check_same(got, load(name, form, "cuda"))
+    if form != "nf4-double":  # whose mean of scales is a sum in another order
+        check_same(got, load(name, form).to("cuda"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_is_late_has_read_a_buffer_before_it_is_filled_again(tmp_path):
+    weight = torch.randint(256, (400_000,), dtype=torch.uint8)
+    (tmp_path / "file").write_bytes(bytes(weight.numpy()))
+    spans = [Span(tmp_path / "file", at, 50_000) for at in range(0, 400_000, 50_000)]
+    reads = ahead.ReadAhead(spans, ahead.Cuda(torch.device("cuda")))
+    torch.cuda._sleep(200_000_000)
+    found = [reads.read(span) for span in spans]
+    reads.close()
+    assert torch.equal(torch.cat(found).cpu(), weight)
