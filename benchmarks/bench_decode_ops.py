@@ -189,7 +189,7 @@ def around_products(bench: Bench, rows: int) -> None:
         "F.rms_norm": lambda x, r: F.rms_norm(x + r, (4096,), weight, 1e-5),
     }
     calls = {by: [partial(f, *pair) for pair in pairs] for by, f in each.items()}
-    bench.run("norm", f"add and RMSNorm, {rows} x 4096", calls, rows * 4096 * 8)
+    bench.run("norm", f"add and RMSNorm, {rows} x 4096", calls, rows * 4096 * 6)
     gate_ups = [normal(rows, 22016) for _ in range(copies)]
     each = {
         "taut": lambda g: act_triton.glu(g, "silu"),

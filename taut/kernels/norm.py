@@ -30,17 +30,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """`(rms_norm(total), total)` with `total = x + residual`, all `[..., dim]`."""
-    total = x + residual
-    return rms_norm(total, weight, eps, offset), total
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """`rms_norm(x + residual)`, all `[..., dim]`."""
+    return rms_norm(x + residual, weight, eps, offset)
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`(layer_norm(total), total)` with `total = x + residual`, all `[..., dim]`."""
-    total = x + residual
-    return layer_norm(total, weight, bias, eps), total
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm(x + residual)`, all `[..., dim]`."""
+    return layer_norm(x + residual, weight, bias, eps)

@@ -55,7 +55,8 @@ def _forward(
     if ADD:
         r = tl.load(residual + packed, mask=inside, other=0.0)
         v = (v.to(tl.float32) + r.to(tl.float32)).to(v.dtype)
-        tl.store(total + packed, v, mask=inside)
+        if SAVE:
+            tl.store(total + packed, v, mask=inside)
     narrow = v.dtype
     v = v.to(tl.float32)
     if LAYER:
@@ -86,7 +87,6 @@ def _backward(
     means,
     rstds,
     dy,
-    d_total,
     dx,
     dw_parts,
     db_parts,
@@ -97,7 +97,6 @@ def _backward(
     dim,
     offset,
     LAYER: tl.constexpr,
-    ADD: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,10 +127,7 @@ def _backward(
         d = g - v * (tl.sum(g * v, 1) / dim)[:, None]
         if LAYER:
             d -= (tl.sum(g, 1) / dim)[:, None]
-        d = d * rstd
-        if ADD:
-            d += tl.load(d_total + packed, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + packed, d, mask=inside)
+        tl.store(dx + packed, d * rstd, mask=inside)
     part = tl.program_id(0).to(tl.int64) * dim + at
     if WEIGHT:
         tl.store(dw_parts + part, dw, mask=wide)
@@ -156,12 +152,13 @@ def _rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _run_forward(x, residual, weight, bias, eps, offset, layer, save):
-    """(y, total or None, means, rstds); y and total are contiguous and of x's shape."""
+    """`y`, and if they are to be saved the sum that was normalised (None without a residual) and its means
+    and factors; `y` and the sum are contiguous and of x's shape."""
     dim = x.shape[-1]
     x, inner, x_outer, x_inner = _rows_of(x)
     rows = x.numel() // dim if dim else 0
     y = x.new_empty(x.shape)
-    total = x.new_empty(x.shape) if residual is not None else None
+    total = x.new_empty(x.shape) if save and residual is not None else None
     stats = torch.empty(2, rows, dtype=torch.float32, device=x.device) if save else (None, None)
     if rows:
         block_rows, block, warps = _tile(dim)
@@ -195,27 +192,21 @@ def _run_forward(x, residual, weight, bias, eps, offset, layer, save):
 
 
 class _Norm(torch.autograd.Function):
-    """`(y, total)`; total is None without a residual."""
-
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, offset, layer):
-        ctx.set_materialize_grads(False)
         y, total, stats = _run_forward(x, residual, weight, bias, eps, offset, layer, True)
         ctx.save_for_backward(x if total is None else total, weight, stats)
         ctx.offset, ctx.layer = offset, layer
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        return y.view(x.shape), None if total is None else total.view(x.shape)
+        return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx, dy, d_total):
+    def backward(ctx, dy):
         x, weight, stats = ctx.saved_tensors
         _, wants_residual, wants_weight, wants_bias = ctx.needs_input_grad[:4]
-        if dy is None:
-            return d_total, d_total if wants_residual else None, None, None, None, None, None
         shape, dim = x.shape, x.shape[-1]
         x, inner, x_outer, x_inner = _rows_of(x)
         dy = dy.contiguous()
-        d_total = d_total.contiguous() if d_total is not None else None
         dx = torch.empty(shape, dtype=x.dtype, device=x.device)
         rows = stats.shape[1]
         block_rows, block, warps = _tile(dim)
@@ -227,7 +218,6 @@ class _Norm(torch.autograd.Function):
             stats[0],
             stats[1],
             dy,
-            d_total,
             dx,
             parts[0],
             parts[1],
@@ -238,7 +228,6 @@ class _Norm(torch.autograd.Function):
             dim,
             ctx.offset,
             LAYER=ctx.layer,
-            ADD=d_total is not None,
             WEIGHT=wants_weight,
             BIAS=wants_bias,
             ROWS=block_rows,
@@ -265,30 +254,25 @@ def _norm(x, residual, weight, bias, eps, offset, layer):
     inputs = (x, residual, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Norm.apply(x, residual, weight, bias, eps, offset, layer)
-    y, total, _ = _run_forward(x, residual, weight, bias, eps, offset, layer, False)
-    return y.view(x.shape), None if total is None else total.view(x.shape)
+    return _run_forward(x, residual, weight, bias, eps, offset, layer, False)[0].view(x.shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """As `kernels.norm.rms_norm`, in one pass each way. `x` `[..., dim]`; a 3-d x may have any strides in
     front of a contiguous last dimension (the heads of a fused projection)."""
-    return _norm(x, None, weight, None, eps, offset, False)[0]
+    return _norm(x, None, weight, None, eps, offset, False)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """As `kernels.norm.layer_norm`, in one pass each way."""
-    return _norm(x, None, weight, bias, eps, 0.0, True)[0]
+    return _norm(x, None, weight, bias, eps, 0.0, True)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """As `kernels.norm.add_rms_norm`: the norm of `x + residual`, and the sum."""
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """As `kernels.norm.add_rms_norm`, in one pass each way; only for a backward pass is the sum written."""
     return _norm(x, residual, weight, None, eps, offset, False)
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """As `kernels.norm.add_layer_norm`: the norm of `x + residual`, and the sum."""
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As `kernels.norm.add_layer_norm`, in one pass each way; only for a backward pass is the sum written."""
     return _norm(x, residual, weight, bias, eps, 0.0, True)

@@ -27,9 +27,9 @@ class Norm(nn.Module):
         """The norm of `x`, or of `residual + x`, which has the dtype of the weight then."""
         kernel, dtype = ops("norm", x), self.weight.dtype
         if residual is not None and self.config.kind == "rms":
-            return kernel.add_rms_norm(x, residual, self.weight, self.config.eps, self.config.offset)[0]
+            return kernel.add_rms_norm(x, residual, self.weight, self.config.eps, self.config.offset)
         if residual is not None:
-            return kernel.add_layer_norm(x, residual, self.weight, self.bias, self.config.eps)[0]
+            return kernel.add_layer_norm(x, residual, self.weight, self.bias, self.config.eps)
         if x.dtype is not dtype:  # a stream that is wider than the model
             weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         else:

@@ -39,9 +39,10 @@ def agree(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> N
     for module, wide in ((norm_triton, dtype), (norm, torch.float64)):
         leaves = [t.to(wide).requires_grad_() for t in inputs]
         out = getattr(module, name)(*leaves, *tail)
-        out = out if isinstance(out, tuple) else (out,)
-        seeds = [torch.sin(torch.arange(o.numel(), device=device)).view_as(o).to(dtype).to(wide) for o in out]
-        results.append((*out, *torch.autograd.grad(out, leaves, seeds)))
+        seed = torch.sin(torch.arange(out.numel(), device=device)).view_as(out).to(dtype).to(wide)
+        with torch.no_grad():
+            alone = getattr(module, name)(*leaves, *tail)
+        results.append((out, alone, *torch.autograd.grad(out, leaves, seed)))
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape
         assert not got.numel() or distance(got, want) < BOUNDS[dtype], (op, shape, dtype)
@@ -60,16 +61,6 @@ def test_heads_of_a_fused_projection_keep_their_strides() -> None:
     torch.testing.assert_close(got, norm.rms_norm(qkv[:, 1:4], weight, 1e-6))
 
 
-def test_only_one_output_used() -> None:
-    x, residual, weight = (torch.randn(2, 8).requires_grad_() for _ in range(3))
-    weight = weight.detach()[0].requires_grad_()
-    normed, total = norm_triton.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(torch.autograd.grad(total.sum(), x, retain_graph=True)[0], torch.ones(2, 8))
-    got = torch.autograd.grad(normed.square().sum(), residual)[0]
-    want = torch.autograd.grad(norm.add_rms_norm(x, residual, weight, 1e-6)[0].square().sum(), residual)[0]
-    torch.testing.assert_close(got, want)
-
-
 def test_errors() -> None:
     x = torch.randn(2, 8)
     with pytest.raises(RequestError, match=r"rows of 8 got a weight of shape \[7\]"):
@@ -80,7 +71,7 @@ def test_errors() -> None:
 
 def test_compiles() -> None:
     pointers = dict.fromkeys(
-        ("x", "residual", "weight", "bias", "y", "total", "dy", "d_total", "dx"), "*bf16:16"
+        ("x", "residual", "weight", "bias", "y", "total", "dy", "dx"), "*bf16:16"
     )
     floats = dict.fromkeys(("means", "rstds", "dw_parts", "db_parts"), "*fp32:16")
     numbers = {"rows": "i32", "inner": "i32", "x_outer": "i32:16", "x_inner": "i32", "dim": "i32:16"}
