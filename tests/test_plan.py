@@ -13,6 +13,7 @@ from taut import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from taut.errors import RequestError
 from taut.kernels import attention
 from taut.kernels.attention import Scoring
+from taut.kernels.onednn import computes
 from tests.families import CASES, checkpoint
 from tests.seq2seq import CASES as SEQ2SEQ
 
@@ -45,6 +46,14 @@ def test_only_layers_with_experts_have_a_line_for_them():
     if not torch.cuda.is_available():
         assert line.chosen == "a product for each expert in use"
         assert dict(line.passed)["unpacked, one grouped product"] == "runs on NVIDIA GPUs, not on cpu"
+
+
+@no_gpu
+def test_the_plan_says_what_an_activation_is_part_of():
+    model = load(next(case for case in CASES if case.name == "opt"), dtype=torch.float32)
+    choice = next(c for c in model.plan().choices if c.op == "relu behind a product of 512 rows")
+    assert choice.passed[0] == ("cuBLAS, with the product", "runs on NVIDIA GPUs, not on cpu")
+    assert choice.chosen == ("oneDNN, with the product" if computes(torch.float32) else "PyTorch, by itself")
 
 
 def test_layers_that_run_alike_share_a_line():

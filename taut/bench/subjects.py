@@ -26,11 +26,12 @@ from taut.quant.config import BitsAndBytesConfig
 
 
 def make_model(shape: Shape, *, context: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of a shape with random weights, the same each time, that takes at least `context` tokens."""
+    """A model of a shape with random weights, the same each time, that takes at least `context` tokens; for
+    inference, as one that is loaded."""
     config = dict(shape.config)
     config["max_position_embeddings"] = max(config["max_position_embeddings"], context)
     torch.manual_seed(0)
-    return getattr(auto, shape.auto).from_config(config, dtype=dtype, device=device)
+    return getattr(auto, shape.auto).from_config(config, dtype=dtype, device=device).eval()
 
 
 @dataclass(frozen=True)

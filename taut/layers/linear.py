@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from taut.kernels import onednn
+from taut.kernels import cublas, onednn
 from taut.kernels.act import ACTIVATIONS
 from taut.kernels.dispatch import ops
 from taut.kernels.gemv import fuses, gemv
@@ -79,6 +79,8 @@ class Linear(nn.Module):
                 x = norm(x)
             return gemv(x, self.weight, bias, act=act, residual=residual, pointwise=pointwise, **before)
         x = x if norm is None else norm(x)
+        if cublas.takes(x, self.weight, bias, pointwise):
+            return cublas.linear(x, self.weight, bias, pointwise)
         if act is None and onednn.takes(x, self.weight, pointwise):
             return onednn.linear(x, self.weight, bias, pointwise, residual)
         return self.after(linear(x, self.weight, bias), act, residual)
@@ -87,7 +89,11 @@ class Linear(nn.Module):
         """Whether the product of `x` is one that an activation can follow in the same kernel."""
         if self.packed is not None:
             return self.packed.streams(x) is None
-        return fuses(x, self.weight) or onednn.takes(x, self.weight, pointwise)
+        return (
+            fuses(x, self.weight)
+            or cublas.takes(x, self.weight, self.bias, pointwise)
+            or onednn.takes(x, self.weight, pointwise)
+        )
 
     def biases(self) -> dict[str, int]:
         """Where in the bias that of each part begins, of the parts that have one."""

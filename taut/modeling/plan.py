@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from taut.kernels import gemv, onednn
+from taut.kernels import cublas, gemv, onednn
 from taut.kernels.attention import Call, KeyRows, Pages, explain
 from taut.kernels.dispatch import compiled_refuses, device_refuses, triton_refuses
 from taut.layers.linear import Linear
+from taut.layers.mlp import PlainMlp
 from taut.layers.moe import MoeMlp
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
         }
     return {
         "norm, rotation": [triton, ("llvm", compiled_refuses(x)), ("reference", None)],
-        "activation by itself": [triton, ("reference", None)],
+        **_activation(model, block, triton),
         **_products(x, block, 1),
         **_products(x, block, 512),
         **experts,
@@ -124,6 +125,22 @@ def _layer(model: PreTrainedModel, block: Block) -> dict[str, list[Offer]]:
         **cached,
         **({} if block.encoder_attn is None else _cross(model, block.encoder_attn)),
     }
+
+
+def _activation(model: PreTrainedModel, block: Block, triton: Offer) -> dict[str, list[Offer]]:
+    """What an activation is part of; one that gates runs by itself."""
+    if not isinstance(block.mlp, PlainMlp):
+        return {"activation by itself": [triton, ("reference", None)]}
+    act, up = block.mlp.config.act, block.mlp.up_proj
+    alone: Offer = ("PyTorch, by itself", None)
+    if up.packed is not None:
+        return {f"{act} behind a product of 512 rows": [alone]}
+    x = torch.empty(512, up.in_features, dtype=model.dtype, device=model.device)
+    offers: list[Offer] = [("cuBLAS, with the product", cublas.refuses(x, up.weight, up.bias, act))]
+    if x.is_cpu:
+        has = None if act in onednn.POINTWISE else f"has no {act}"
+        offers.append(("oneDNN, with the product", has or onednn.refuses(x, up.weight)))
+    return {f"{act} behind a product of 512 rows": [*offers, alone]}
 
 
 def _cross(model: PreTrainedModel, attn: CrossAttention) -> dict[str, list[Offer]]:
