@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taut.errors import RequestError
 from taut.kernels.attention import Pages
+from taut.kernels.padding import places, spread
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,12 @@ keys and values that were made of them |
 @dataclass(frozen=True)
 class Padding:
     """Where packed tokens stand in their padded `[rows, width]` grid: `index` `[tokens]` int64, flat; None
-    where the grid is full."""
+    where the grid is full. `token` `[rows * width]` int32: the reverse, where it is known."""
 
     index: Tensor | None
     rows: int
     width: int
+    token: Tensor | None = None
 
     def pack(self, padded: Tensor) -> Tensor:
         """`[rows, width, ...]` -> `[tokens, ...]`."""
@@ -142,8 +144,7 @@ class Padding:
     def unpack(self, packed: Tensor) -> Tensor:
         """`[tokens, ...]` -> `[rows, width, ...]` with zeros where nothing was."""
         if self.index is not None:
-            out = packed.new_zeros(self.rows * self.width, *packed.shape[1:])
-            packed = out.index_copy(0, self.index, packed)
+            packed = spread(packed, self.index, self.token, self.rows * self.width)
         return packed.unflatten(0, (self.rows, self.width))
 
     def real(self, device: torch.device) -> Tensor:
@@ -191,36 +192,32 @@ def pack(
     given = input_ids if inputs_embeds is None else inputs_embeds
     rows, width = given.shape[:2]
     device = given.device
-    real = counts = None
-    tokens, longest = rows * width, width if rows else 0
+    found = None
+    longest = width if rows else 0
     if attention_mask is not None:
         if attention_mask.shape != (rows, width):
             shape = list(attention_mask.shape)
             raise RequestError(f"attention_mask has shape {shape}; expected {[rows, width]}, one a token")
-        real = attention_mask.to(device) != 0
-        counts = real.sum(1)  # rows without tokens stay rows
-        if rows:
-            tokens, longest = torch.stack((counts.sum(), counts.max())).tolist()
-    full = tokens == rows * width  # then there is nothing to gather
-    index = None if full else real.flatten().nonzero().squeeze(1)
-    padding = Padding(index, rows, width)
+        found = places(attention_mask.to(device))
+        longest = found.longest
+    padding = Padding(None, rows, width)
+    if found is not None and len(found.index) < rows * width:  # otherwise there is nothing to gather
+        padding = Padding(found.index, rows, width, found.token)
     if position_ids is not None:
         if position_ids.shape not in ((rows, width), (1, width), (width,)):
             raise RequestError(
                 f"position_ids has shape {list(position_ids.shape)}; expected {[rows, width]}, one a token"
             )
         positions = padding.pack(position_ids.to(device).expand(rows, width))
-        counts = _restarted(positions, counts, rows, width)
+        counts = _restarted(positions, None if found is None else found.starts.diff().long(), rows, width)
         longest = int(counts.max()) if len(counts) else 0
-    elif full:
-        positions = torch.arange(width, device=device).repeat(rows)
-    else:
-        positions = padding.pack(real.cumsum(1) - 1)
-    if full and position_ids is None:
-        starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * width
-    else:
         starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+    elif found is not None:
+        positions, starts = found.positions, found.starts  # rows without tokens stay rows
+    else:
+        positions = torch.arange(width, dtype=torch.int32, device=device).repeat(rows)
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * width
     batch = Batch(
         ids=None if inputs_embeds is not None else padding.pack(input_ids),
         embeds=None if inputs_embeds is None else padding.pack(inputs_embeds),

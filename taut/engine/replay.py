@@ -70,6 +70,10 @@ class Replays:
         self._state: tuple[object, ...] | None = None
         self._refused: dict[object, str | None] = {}
         self._lock = threading.Lock()
+        # The modules inside the module as they last were, and the dictionaries of all.
+        self._inside: list[nn.Module] | None = None
+        self._owns: list[dict[str, object]] = []
+        self._attentions: list[Attention] = []
 
     def __call__(self, batch: Batch) -> Tensor:
         """`module(batch)`, `[tokens, dim]`; by a graph where that is faster."""
@@ -133,20 +137,27 @@ class Replays:
 
     def _watch(self) -> tuple[object, ...] | None:
         """What graphs depend on besides the batch; None while a hook wants to see modules run."""
-        found: list[object] = []
-        for module in self.module.modules():
-            if module._forward_hooks or module._forward_pre_hooks or module.training:
+        # The device waits for this before each replay, so it reads the modules' dictionaries themselves.
+        inside = [child for own in self._owns for child in own["_modules"].values() if child is not None]
+        if inside != self._inside:
+            modules = [self.module]
+            for module in modules:  # which grows
+                modules += [child for child in module._modules.values() if child is not None]
+            self._inside, self._owns = modules[1:], [module.__dict__ for module in modules]
+            self._attentions = [module for module in modules if isinstance(module, Attention)]
+        found: list[object] = [attn.only for attn in self._attentions]
+        for own in self._owns:
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"]:
                 return None
-            if isinstance(module, Attention):
-                found.append(module.only)
-            found += [p.data_ptr() for p in module._parameters.values() if p is not None]
-            found += [b.data_ptr() for b in module._buffers.values() if b is not None]
+            found += [p.data_ptr() for p in own["_parameters"].values() if p is not None]
+            if own["_buffers"]:
+                found += [b.data_ptr() for b in own["_buffers"].values() if b is not None]
         return tuple(found)
 
 
-def _up(count: int, least: int) -> int:
-    """`count` rounded up to one of 16 sizes an octave."""
-    step = max(least, 1 << max(count.bit_length() - 5, 0))
+def _up(count: int, least: int, sizes: int) -> int:
+    """`count` rounded up to one of `sizes`, a power of two, an octave."""
+    step = max(least, 1 << max(count.bit_length() - sizes.bit_length(), 0))
     return -(-count // step) * step
 
 
@@ -159,11 +170,13 @@ def _size_of(batch: Batch) -> tuple[object, ...] | None:
             if "each" not in field.metadata:
                 return None
             given.append((field.name, value.dtype))
-    tokens = _up(batch.tokens, 16)
+    # Without a cache, batches are large, and what fills them up is computed: more sizes than of prompts.
+    cached = batch.kv is not None
+    tokens = _up(batch.tokens, 16, 16 if cached else 32)
     rows = batch.rows + (tokens > batch.tokens)
-    rows = 1 << (rows - 1).bit_length()
+    rows = 1 << (rows - 1).bit_length() if cached or rows <= 8 else _up(rows, 8, 8)
     pages = source = None
-    if batch.kv is not None:
+    if cached:
         pages = id(batch.kv.keys), _pages(batch.kv, 16), batch.kv.fresh
     if batch.source is not None:
         if not isinstance(batch.source, PagedKV):
@@ -181,19 +194,8 @@ class _Graph:
     """One captured size."""
 
     def __init__(self, module: nn.Module, batch: Batch, key: tuple[object, ...], context: int, pool):
-        self.tokens, self.rows = key[:2]
-        lengths = {"token": self.tokens, "row": self.rows, "boundary": self.rows + 1}
-        fixed: dict[str, object] = {"longest": min(self.tokens, context)}
-        for field in fields(Batch):
-            value = getattr(batch, field.name)
-            if isinstance(value, Tensor):
-                fixed[field.name] = value.new_zeros(lengths[field.metadata["each"]], *value.shape[1:])
-        if batch.kv is not None:
-            fixed["kv"] = self._pages(batch.kv, key[2][1])
-        if batch.source is not None:
-            fixed["source"] = self._pages(batch.source, key[3])
-        self.batch = replace(batch, **fixed)
-        self._fill(batch)
+        self.batch = _room(batch, key, context)
+        _fill(self.batch, batch)
         self._graph = torch.cuda.CUDAGraph()
         device = batch.positions.device
         side = torch.cuda.Stream(device)
@@ -204,40 +206,62 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.out = module(self.batch)
 
-    def _pages(self, kv: PagedKV, width: int) -> PagedKV:
-        new = kv.pages.new_zeros
-        return replace(
-            kv,
-            pages=new(self.rows, width),
-            lengths=new(self.rows),
-            slots=None if kv.slots is None else kv.slots.new_full((self.tokens,), -1),
-            longest=width * kv.page_size,
-            first=None,
-        )
-
     def run(self, batch: Batch) -> None:
         """Fill `out`, whose first entries are the batch's."""
-        self._fill(batch)
+        _fill(self.batch, batch)
         self._graph.replay()
 
-    def _fill(self, batch: Batch) -> None:
-        """The batch, and after it one row that takes up the tokens that are left; the others stay empty."""
-        for field in fields(Batch):
-            value, fixed = getattr(batch, field.name), getattr(self.batch, field.name)
-            if not isinstance(value, Tensor):
-                continue
-            fixed[: value.shape[0]].copy_(value)
-            if field.metadata["each"] == "boundary":
-                fixed[value.shape[0] :].fill_(self.tokens)
-            elif field.metadata["each"] == "row":
-                fixed[value.shape[0] :].fill_(self.tokens - batch.tokens)
-        for kv, fixed in ((batch.kv, self.batch.kv), (batch.source, self.batch.source)):
-            if kv is not None:
-                fixed.pages[: batch.rows, : kv.pages.shape[1]].copy_(kv.pages)
-                fixed.lengths[: batch.rows].copy_(kv.lengths)
-                fixed.lengths[batch.rows :].fill_(0)
-        if batch.kv is not None:
-            kv, fixed = batch.kv, self.batch.kv
-            fixed.slots[: batch.tokens].copy_(kv.slots)
-            fixed.slots[batch.tokens :].fill_(-1)
-            fixed.lengths[batch.rows : batch.rows + 1].fill_(self.tokens - batch.tokens)
+
+def _room(batch: Batch, key: tuple[object, ...], context: int) -> Batch:
+    """A batch of the size `key` with room for any that has it."""
+    tokens, rows = key[:2]
+    lengths = {"token": tokens, "row": rows, "boundary": rows + 1}
+    fixed: dict[str, object] = {"longest": min(tokens, context)}
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            fixed[field.name] = value.new_zeros(lengths[field.metadata["each"]], *value.shape[1:])
+    if batch.kv is not None:
+        fixed["kv"] = _room_for_pages(batch.kv, tokens, rows, key[2][1])
+    if batch.source is not None:
+        fixed["source"] = _room_for_pages(batch.source, tokens, rows, key[3])
+    return replace(batch, **fixed)
+
+
+def _room_for_pages(kv: PagedKV, tokens: int, rows: int, width: int) -> PagedKV:
+    new = kv.pages.new_zeros
+    return replace(
+        kv,
+        pages=new(rows, width),
+        lengths=new(rows),
+        slots=None if kv.slots is None else kv.slots.new_full((tokens,), -1),
+        longest=width * kv.page_size,
+        first=None,
+    )
+
+
+def _fill(room: Batch, batch: Batch) -> None:
+    """The batch, and after it one row that takes up the tokens that are left; the others stay empty."""
+    left = room.tokens - batch.tokens
+    places, values = [], []
+    for field in fields(Batch):
+        value, place = getattr(batch, field.name), getattr(room, field.name)
+        if not isinstance(value, Tensor):
+            continue
+        places.append(place[: value.shape[0]])
+        values.append(value)
+        if field.metadata["each"] == "boundary":
+            place[value.shape[0] :].fill_(room.tokens)
+        elif field.metadata["each"] == "row":
+            place[value.shape[0] :].fill_(left)
+    torch._foreach_copy_(places, values)  # one call of the host's, which the device waits for
+    for kv, place in ((batch.kv, room.kv), (batch.source, room.source)):
+        if kv is not None:
+            place.pages[: batch.rows, : kv.pages.shape[1]].copy_(kv.pages)
+            place.lengths[: batch.rows].copy_(kv.lengths)
+            place.lengths[batch.rows :].fill_(0)
+    if batch.kv is not None:
+        kv, place = batch.kv, room.kv
+        place.slots[: batch.tokens].copy_(kv.slots)
+        place.slots[batch.tokens :].fill_(-1)
+        place.lengths[batch.rows : batch.rows + 1].fill_(left)

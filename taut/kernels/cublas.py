@@ -2,8 +2,8 @@
 writing the output once more would take most of the product's time again.
 
 Its GELU is the tanh approximation (Hendrycks and Gimpel 2016), which is at most 5e-4 from GELU by the error
-function. It is taken for both: here it sees the float32 sums, and the two steps that it stands for round them to
-16 bits first, which costs more. In float16 and bfloat16 alike its result is the closer one to float64.
+function. It is taken for both: it sees the float32 sums, and the two steps that it stands for round them
+first, which costs more. In float16 and bfloat16 alike its result is the closer one to float64.
 """
 
 from __future__ import annotations

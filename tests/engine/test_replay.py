@@ -1,4 +1,4 @@
-"""Forwards by CUDA graphs on a GPU: what modules give without, for batches of any shape a graph serves."""
+"""Forwards by CUDA graphs: what modules give without, for batches of any shape that a graph serves."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 
-from taut import AutoModelForCausalLM
+from taut import AutoModel, AutoModelForCausalLM
 from taut.batch import Batch
 from taut.engine import replay
 from taut.engine.engine import Engine
 from taut.engine.request import Request, SamplingParams
+from tests.encoders import CASES as ENCODERS
 from tests.families import CASES, VOCAB, checkpoint
 
 FAMILIES = ["llama", "mistral-window", "gemma2", "opt", "bloom", "phi3-longrope", "llama-rope-dynamic"]
@@ -33,9 +34,54 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def test_sizes_waste_little():
-    for count in range(1, 5000):
-        size = replay._up(count, 16)
-        assert count <= size < count + max(16, count / 16 + 1)
+    for sizes in (16, 32):
+        for count in range(1, 5000):
+            size = replay._up(count, 16, sizes)
+            assert count <= size < count + max(16, count / sizes + 1)
+
+
+def test_what_graphs_depend_on_is_seen():
+    case = next(case for case in CASES if case.name == "llama")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(case), device="cpu")
+    replays = replay.Replays(model, model.decoder)
+    seen = [replays._watch()]
+    assert seen[0] is not None and replays._watch() == seen[0]
+    layer = model.model.layers[1]
+    for register in (layer.register_forward_hook, layer.mlp.register_forward_pre_hook):
+        hook = register(lambda *_: None)
+        assert replays._watch() is None
+        hook.remove()
+    layer.mlp.train()
+    assert replays._watch() is None
+    layer.eval()
+    assert replays._watch() == seen[0]
+    layer.self_attn.only = ("eager",)
+    seen.append(replays._watch())
+    layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data.clone()
+    seen.append(replays._watch())
+    model.reverse_bettertransformer()
+    seen.append(replays._watch())
+    layer.mlp.down_proj.register_buffer("table", torch.ones(2))
+    seen.append(replays._watch())
+    assert None not in seen and len(set(seen)) == len(seen)
+
+
+@torch.no_grad()
+def test_a_batch_is_worth_the_same_in_the_room_of_its_size():
+    """What a graph computes, on the CPU: rows that fill the batch up change nothing for the others."""
+    for name in ("bert", "electra"):
+        case = next(case for case in ENCODERS if case.name == name)
+        model = AutoModel.from_pretrained(checkpoint(case, "AutoModel"), device="cpu")
+        rooms = {}
+        for lengths in ((9, 1, 23), (10, 2, 20), (16, 16), (40, 0, 8), (3,) * 11, (1, 32), (2,) * 16):
+            batch = Batch.of(prompts(*lengths), "cpu")
+            key = replay._size_of(batch)
+            room = rooms.setdefault(key, replay._room(batch, key, model.config.context))
+            replay._fill(room, batch)
+            assert room.starts[-1] == room.tokens and room.rows < batch.rows + 8
+            got, want = model.model(room)[: batch.tokens], model.model(batch)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert len(rooms) < 7  # some are used again, after other batches
 
 
 @pytest.mark.gpu

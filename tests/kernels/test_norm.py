@@ -70,9 +70,7 @@ def test_errors() -> None:
 
 
 def test_compiles() -> None:
-    pointers = dict.fromkeys(
-        ("x", "residual", "weight", "bias", "y", "total", "dy", "dx"), "*bf16:16"
-    )
+    pointers = dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dx"), "*bf16:16")
     floats = dict.fromkeys(("means", "rstds", "dw_parts", "db_parts"), "*fp32:16")
     numbers = {"rows": "i32", "inner": "i32", "x_outer": "i32:16", "x_inner": "i32", "dim": "i32:16"}
     common = pointers | floats | numbers | {"eps": "fp32", "offset": "fp32", "SHIFT": False, "SAVE": True}
