@@ -307,3 +307,19 @@ def test_nomics_first_config_and_transformers_own_names_load_too(tmp_path):
     assert older.config.unused == () and older.config.layers == usual.config.layers
     for model in (own, older):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), usual.parameters(), strict=True))
+
+
+@every_case
+@torch.no_grad()
+def test_embeddings_in_one_step_are_the_same(case, monkeypatch):
+    """What a GPU's kernel is asked for, on the CPU: the same rows of the same tables."""
+    model, given, asked = load(case), inputs(case, "left"), []
+    want = model(**given).last_hidden_state
+    monkeypatch.setattr("taut.layers.encoder.fuses", lambda lookups, _: asked.append(lookups) or True)
+    close(model(**given).last_hidden_state, want)
+    assert asked or model.model.embed_layernorm.config.kind != "layer"
+    asked.clear()
+    hook = model.model.embed_tokens.register_forward_hook(lambda *_: None)
+    close(model(**given).last_hidden_state, want)
+    hook.remove()
+    assert not asked

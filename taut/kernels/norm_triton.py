@@ -135,7 +135,7 @@ def _backward(
         tl.store(db_parts + part, db, mask=wide)
 
 
-def _tile(dim: int) -> tuple[int, int, int]:
+def tile(dim: int) -> tuple[int, int, int]:
     """Rows a program, padded row length and warps."""
     block = triton.next_power_of_2(dim)
     rows = max(1, 1024 // block)
@@ -161,7 +161,7 @@ def _run_forward(x, residual, weight, bias, eps, offset, layer, save):
     total = x.new_empty(x.shape) if save and residual is not None else None
     stats = torch.empty(2, rows, dtype=torch.float32, device=x.device) if save else (None, None)
     if rows:
-        block_rows, block, warps = _tile(dim)
+        block_rows, block, warps = tile(dim)
         _forward[(triton.cdiv(rows, block_rows),)](
             x,
             residual,
@@ -209,7 +209,7 @@ class _Norm(torch.autograd.Function):
         dy = dy.contiguous()
         dx = torch.empty(shape, dtype=x.dtype, device=x.device)
         rows = stats.shape[1]
-        block_rows, block, warps = _tile(dim)
+        block_rows, block, warps = tile(dim)
         programs = max(1, min(2 * multiprocessors(x.device), triton.cdiv(rows, block_rows)))
         parts = torch.empty(2, programs, dim, dtype=torch.float32, device=x.device)
         _backward[(programs,)](

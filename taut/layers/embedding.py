@@ -72,12 +72,16 @@ class PositionEmbedding(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """`[tokens, dim]`. `RequestError` for a row longer than the table; the engine refuses such rows
         before they begin."""
+        self.check(batch)
+        return F.embedding(batch.positions + self.config.offset, self.weight)
+
+    def check(self, batch: Batch) -> None:
+        """Raise for a row longer than the table."""
         if batch.kv is None and batch.longest > self.config.count:
             raise RequestError(
                 f"a row has {batch.longest} tokens, and the model has {self.config.count} positions; "
                 "shorten it (truncation=True, max_length=...)"
             )
-        return F.embedding(batch.positions + self.config.offset, self.weight)
 
     def compute(self) -> None:
         """Fill the table of sinusoidal positions."""

@@ -9,6 +9,8 @@ from taut.batch import Batch
 from taut.config import ModelConfig
 from taut.config import Transform as TransformConfig
 from taut.kernels.act import ACTIVATIONS
+from taut.kernels.dispatch import ops
+from taut.kernels.lookup import Lookup, fuses
 from taut.layers.block import Stack, embedding
 from taut.layers.embedding import Embedding, PositionEmbedding
 from taut.layers.linear import Linear
@@ -42,15 +44,38 @@ class Encoder(Stack):
         self.project_in = Linear(inner, config.dim, bias=True, dtype=dtype) if config.embed_dim else None
 
     def embed(self, batch: Batch) -> Tensor:
+        norm, lookups = self.embed_layernorm, self._lookups(batch)
+        if lookups and norm is not None and norm.config.kind == "layer" and fuses(lookups, norm.weight):
+            x = ops("lookup", norm.weight).summed_norm(lookups, norm.weight, norm.bias, norm.config.eps)
+        else:
+            x = self._embed(batch)
+        return x if self.project_in is None else self.project_in(x)
+
+    def _lookups(self, batch: Batch) -> list[Lookup]:
+        """What `_embed` sums, if that is rows of dense tables and no hook waits for them; otherwise none."""
+        tokens, positions = self.embed_tokens, self.embed_positions
+        if batch.embeds is not None or tokens.packed is not None or tokens.scale is not None:
+            return []
+        modules = (tokens, positions, self.embed_layernorm, *self.embed_features.values())
+        if any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules):
+            return []
+        found = [Lookup(tokens.weight, batch.ids)]
+        if positions is not None:
+            positions.check(batch)
+            found.append(Lookup(positions.weight, batch.positions, positions.config.offset))
+        for column, name in enumerate(self._columns):
+            index = None if batch.features is None else batch.features[:, column]
+            found.append(Lookup(self.embed_features[name].weight, index))
+        return found
+
+    def _embed(self, batch: Batch) -> Tensor:
         x = self.embed_tokens(batch.ids) if batch.embeds is None else batch.embeds
         if self.embed_positions is not None:
             x = x + self.embed_positions(batch)
         for column, name in enumerate(self._columns):
             table = self.embed_features[name]
             x = x + (table.weight[0] if batch.features is None else table(batch.features[:, column]))
-        if self.embed_layernorm is not None:
-            x = self.embed_layernorm(x)
-        return x if self.project_in is None else self.project_in(x)
+        return x if self.embed_layernorm is None else self.embed_layernorm(x)
 
 
 class Transform(nn.Module):
@@ -115,5 +140,5 @@ def pool(hidden: Tensor, batch: Batch, how: str, skip: int | None = None) -> Ten
         at = batch.starts[:-1].long().scatter_reduce(0, row, kept, "amax")
     if batch.tokens == 0:
         return hidden.new_zeros(batch.rows, hidden.shape[-1])
-    vectors = hidden.index_select(0, at.clamp(0, batch.tokens - 1).long())
-    return torch.where(counts[:, None] > 0, vectors, vectors.new_zeros(()))
+    vectors = hidden.index_select(0, at.clamp(0, batch.tokens - 1))
+    return torch.where(counts[:, None] > 0, vectors, 0.0)
