@@ -445,10 +445,12 @@ class Cut:
 def cut_of(rows: int, outputs: int, inputs: int, gated: bool, bits: int, device: torch.device) -> Cut:
     """The choice for `rows` rows through a weight of `outputs` (of each half, if gated) by `inputs`."""
     few = triton.cdiv(outputs, 32) < 2 * multiprocessors(device)  # programs, of 32 outputs each
+    if rows > 32:
+        return Cut(2, 2, 1, 4, 1)
     if rows > 16:
-        return Cut(2, 2, 1, 8 if few and rows <= 32 else 4, 1)
+        return Cut(2, 2 if few and bits == 4 else 1, 1, 8 if few else 2 if gated else 4, 1)
     if gated:
-        return Cut(2, 4 if bits == 4 else 2, 1, 4, 1)
+        return Cut(2, 4, 1, 4 if few else 2, 1) if bits == 4 else Cut(2, 2, 1, 8, 1)
     return Cut(1, 4, 1, 8 if few or bits == 8 else 4, 1)
 
 
