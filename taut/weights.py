@@ -514,6 +514,7 @@ class _Reads:
                 target.copy_(piece.place(rows))
             else:
                 target[start - piece.disk_start : stop - piece.disk_start].copy_(rows)
+            del rows  # before the next are read
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
         asked = self._asked.popleft()
