@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from taut.layers.linear import Linear
 from taut.quant.base import Dense, Packed, Reordered
 from taut.quant.experts import PackedExperts
 from taut.quant.mxfp4 import Mxfp4Experts
-from taut.quant.stored import AsStored, Packer
+from taut.quant.stored import AsStored, Packer, StoredMatrix
 
 # What may hold its weight packed.
 PACKABLE = Linear | ExpertLinear | Embedding
@@ -455,10 +456,10 @@ def load(
         if progress is not None:
             progress(done, total)
 
-    in_order = (*dense_pieces, *(p for found in runs.values() for run in found for p in run))
+    in_order = [*dense_pieces, *(p for found in runs.values() for run in found for p in run)]
     params = dict(model.named_parameters())
     packed: dict[str, Packed | PackedExperts] = {}
-    with _Reads([piece for piece in in_order if piece.disk not in upright], tensors, device) as reads:
+    with _Reads(in_order, {**tensors, **{n: tensors[n].codes for n in upright}}, upright, device) as reads:
         filled = {n: torch.empty(s, dtype=dtype, device=device) for n, s in shapes.items() if n not in runs}
         for piece in dense_pieces:
             target = piece.view(filled[piece.param])
@@ -484,17 +485,26 @@ def load(
 
 class _Reads:
     """What a load reads, in the order of `pieces`: on the device where it is read ahead, otherwise where the
-    source gives it. What is asked for again at once, as a stack's entry is for each part, is read once."""
+    source gives it. What is asked for again at once, as a stack's entry is for each part, is read once; so is
+    each tensor of `whole`, for all its pieces."""
 
-    def __init__(self, pieces: Iterable[Piece], tensors: Mapping[str, LazyTensor], device: torch.device):
-        self.device, self._tensors = device, tensors
+    def __init__(
+        self,
+        pieces: Iterable[Piece],
+        tensors: Mapping[str, LazyTensor],
+        whole: Collection[str],
+        device: torch.device,
+    ):
+        self.device, self._tensors, self._whole = device, tensors, whole
         target = target_of(device)
         self._slice_bytes = _SLICE_BYTES if target is None else _SLICE_BYTES_AHEAD
-        self._asked = deque((piece.disk, *rows) for piece in pieces for rows in self._rows(piece))
+        asked = groupby((piece.disk, *rows) for piece in pieces for rows in self._rows(piece))
+        self._asked = deque((ask, 1 if ask[0] in whole else len(list(times))) for ask, times in asked)
         self._kept: Tensor | None = None
         self._ahead: ReadAhead | None = None
         if target is not None:
-            spans = (span_of(tensors[name], start, stop) for (name, start, stop), _ in groupby(self._asked))
+            parts = (part for (n, *at), _ in self._asked for part in _parts(tensors[n], *at))
+            spans = (span_of(*part) for part in parts)
             self._ahead = ReadAhead([span for span in spans if span is not None], target)
 
     def __enter__(self) -> _Reads:
@@ -516,34 +526,49 @@ class _Reads:
                 target[start - piece.disk_start : stop - piece.disk_start].copy_(rows)
             del rows  # before the next are read
 
+    def whole(self, name: str) -> Tensor:
+        """One of the tensors that are read whole, as it is."""
+        return self._read(name, 0, self._tensors[name].shape[0])
+
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        asked = self._asked.popleft()
+        asked, times = self._asked.popleft()
         if asked != (name, start, stop):
             raise RuntimeError(f"{name}[{start}:{stop}] is asked for, but {asked} was to be next")
         found = self._source(self._tensors[name], start, stop) if self._kept is None else self._kept
-        self._kept = found if self._asked and self._asked[0] == asked else None
+        self._kept = None
+        if times > 1:
+            self._asked.appendleft((asked, times - 1))
+            self._kept = found
         return found
 
     def _source(self, source: LazyTensor, start: int, stop: int) -> Tensor:
-        if self._ahead is not None and (span := span_of(source, start, stop)) is not None:
-            raw = self._ahead.read(span).view(source.dtype)
-            return raw.view(stop - start, *source.shape[1:]) if source.shape else raw.view(())
         if isinstance(source, Mxfp4Experts):
-            return source.read(start, stop, device=self.device)
-        return source.read(start, stop)
+            parts = (self._source(*part).to(self.device) for part in _parts(source, start, stop))
+            return source.values(*parts)
+        if self._ahead is None or (span := span_of(source, start, stop)) is None:
+            return source.read(start, stop)
+        raw = self._ahead.read(span).view(source.dtype)
+        return raw.view(stop - start, *source.shape[1:]) if source.shape else raw.view(())
 
     def _rows(self, piece: Piece) -> Iterator[tuple[int, int]]:
         """The rows of the disk tensor that are read for a piece."""
         source = self._tensors[piece.disk]
         if piece.entry is not None:
             yield piece.entry, piece.entry + 1
-        elif piece.transposed or not source.shape:
+        elif piece.transposed or not source.shape or piece.disk in self._whole:
             yield 0, source.shape[0] if source.shape else 1
         else:
             row_bytes = max(1, source.dtype.itemsize * torch.Size(source.shape[1:]).numel())
             step = max(1, self._slice_bytes // row_bytes)
             for start in range(piece.disk_start, piece.disk_stop, step):
                 yield start, min(piece.disk_stop, start + step)
+
+
+def _parts(source: LazyTensor, start: int, stop: int) -> list[tuple[LazyTensor, int, int]]:
+    """The tensors of files, and the rows of each, that rows of `source` are made of."""
+    if isinstance(source, Mxfp4Experts):
+        return [(part, start, stop) for part in (source.blocks, source.scales)]
+    return [(source, start, stop)]
 
 
 def _pack(
@@ -571,6 +596,8 @@ def _pack(
             reads.fill(whole[at:][: piece.rows], piece)
         return whole
 
+    if isinstance(source, StoredMatrix) and packer is not None:
+        read = partial(reads.whole, run[0].disk)
     packed = Dense(read()) if packer is None else packer(source, read, reads.device)
     in_order = bool((order.diff() > 0).all())
     return packed if in_order else Reordered(packed, order.to(reads.device))

@@ -69,10 +69,15 @@ class GGUFTensor:
         """Name of the block format, None for plain values."""
         return self.format.name if self.format.block > 1 else None
 
+    @property
+    def blocks_shape(self) -> tuple[int, int, int]:
+        """Of a matrix as in the file: rows, blocks, bytes of a block."""
+        return self.shape[0], self.shape[1] // self.format.block, self.format.size
+
     def read_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `[start, stop)` of a matrix as in the file: uint8 `[rows, blocks, bytes of a block]`."""
         start, stop = rows(self, start, stop)
-        blocks, size = self.shape[1] // self.format.block, self.format.size
+        _, blocks, size = self.blocks_shape
         raw = read_bytes(self.path, self.offset + start * blocks * size, (stop - start) * blocks * size)
         return raw.view(stop - start, blocks, size)
 

@@ -184,6 +184,10 @@ class _Renamed:
         """Name of the block format that `read_blocks` gives, None where the values aren't the file's."""
         return None if self.offset else self.source.block_format
 
+    @property
+    def blocks_shape(self) -> tuple[int, int, int]:
+        return self.source.blocks_shape
+
     def read_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows as packed in the file: uint8 `[rows, blocks, bytes of a block]`."""
         return self.source.read_blocks(start, stop)

@@ -31,7 +31,7 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Mxfp4Experts:
     """The matrices of all experts, `[experts, inputs, outputs]`, under the name that they have where they are
-    not in blocks. `device` is where `read` computes."""
+    not in blocks; read from `blocks` and `scales` of the same entries."""
 
     name: str
     blocks: LazyTensor  # uint8 [experts, outputs, groups, 16]
@@ -43,10 +43,13 @@ class Mxfp4Experts:
         experts, outputs, groups, _ = self.blocks.shape
         return experts, groups * BLOCK, outputs
 
-    def read(self, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         start, stop = rows(self, start, stop)
-        codes, exponents = (t.read(start, stop).to(device) for t in (self.blocks, self.scales))
-        return dequantize(codes, exponents).mT
+        return self.values(self.blocks.read(start, stop), self.scales.read(start, stop))
+
+    def values(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        """What was read of both, as matrices, where it is."""
+        return dequantize(blocks, scales).mT
 
 
 def open_mxfp4(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

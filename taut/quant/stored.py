@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from taut.checkpoint import LazyTensor
+from taut.checkpoint import Deferred, LazyTensor
 from taut.errors import CheckpointError
 from taut.quant import affine, blockwise, int8
 from taut.quant.base import Packed
@@ -25,7 +25,8 @@ class Packer(Protocol):
         ...
 
     def __call__(self, source: LazyTensor, read: Callable[[], Tensor], device: torch.device) -> Packed:
-        """`source` is the tensor in the file; `read()` gives it dense, on `device` in the model's dtype."""
+        """`source` is the tensor in the file; `read()` gives it dense, on `device` in the model's dtype, but
+        the codes of a `StoredMatrix`."""
         ...
 
 
@@ -68,22 +69,24 @@ class AsStored:
         return math.prod(shape)  # before the file is read; a bound
 
     def __call__(self, source: StoredMatrix, read: Callable[[], Tensor], device: torch.device) -> Packed:
-        packed = source.packed().to(device)
+        packed = source.packed(read).to(device)
         packed.compute = self.compute
         return packed
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A packed matrix under its own name and shape; reading it gives its values."""
+    """A packed matrix under its own name and shape; reading it gives its values. `packed` makes it, given
+    what reads `codes`, which is most of its bytes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    packed: Callable[[], Packed]
+    codes: LazyTensor
+    packed: Callable[[Callable[[], Tensor]], Packed]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.packed().dequantize(self.dtype)[start:stop]
+        return self.packed(self.codes.read).dequantize(self.dtype)[start:stop]
 
 
 def open_bitsandbytes(
@@ -145,7 +148,8 @@ def _four_bit(module: str, tensors: Mapping[str, LazyTensor], dtype: torch.dtype
     if "nested_offset" in state:
         _need(module, get, "weight.nested_absmax", "weight.nested_quant_map")
     name = f"{module}.weight"
-    return StoredMatrix(name, tuple(state["shape"]), dtype, lambda: blockwise.read(name, get, state))
+    make = lambda read: blockwise.read(name, {**get, "weight": read}, state)  # noqa: E731
+    return StoredMatrix(name, tuple(state["shape"]), dtype, tensors[name], make)
 
 
 def _eight_bit(
@@ -158,9 +162,8 @@ def _eight_bit(
         raise CheckpointError(
             f"{name} is {source.dtype} {list(source.shape)} beside an SCB; expected int8 [out, in]"
         )
-    return StoredMatrix(
-        name, tuple(source.shape), dtype, lambda: int8.read(name, get, config.llm_int8_threshold)
-    )
+    make = lambda read: int8.read(name, {**get, "weight": read}, config.llm_int8_threshold)  # noqa: E731
+    return StoredMatrix(name, tuple(source.shape), dtype, source, make)
 
 
 def open_gguf_blocks(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -170,7 +173,8 @@ def open_gguf_blocks(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]
         kind = getattr(tensor, "block_format", None)
         if kind not in affine.FORMATS or len(tensor.shape) != 2:
             return tensor
-        make = affine.Affine.from_blocks
-        return StoredMatrix(name, tensor.shape, tensor.dtype, lambda: make(name, kind, tensor.read_blocks()))
+        blocks = Deferred(name, tensor.blocks_shape, torch.uint8, tensor.read_blocks)
+        make = lambda read: affine.Affine.from_blocks(name, kind, read())  # noqa: E731
+        return StoredMatrix(name, tensor.shape, tensor.dtype, blocks, make)
 
     return {name: view(name, tensor) for name, tensor in tensors.items()}

@@ -10,11 +10,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from taut import AutoModelForCausalLM
+from taut import AutoModelForCausalLM, weights
 from taut.cli.inspect import describe
 from taut.errors import CheckpointError
 from taut.quant import mxfp4
 from tests.families import CASES, VOCAB
+from tests.standin import Standin
 
 CASE = next(case for case in CASES if case.name == "gpt-oss")
 SHAPES = {"gate_up_proj": (4, 192, 2, 16), "down_proj": (4, 64, 3, 16)}  # dim 64, hidden 96
@@ -94,6 +95,15 @@ def test_blocks_may_become_another_small_format(released):
         got = got.packed.dequantize(torch.float32)
         steps = want.weight.abs().amax(-1, keepdim=True) / 127
         assert ((got - want.weight).abs() <= 0.51 * steps).all()
+
+
+def test_blocks_are_read_ahead(released, monkeypatch):
+    exact, standin = AutoModelForCausalLM.from_pretrained(released), Standin()
+    monkeypatch.setattr(weights, "target_of", lambda device: standin)
+    ahead = AutoModelForCausalLM.from_pretrained(released)
+    assert standin.copied == sum(t.nbytes for t in load_file(released / "model.safetensors").values())
+    for got, want in zip(ahead.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_every_code_and_scale_is_exact():
