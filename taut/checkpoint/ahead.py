@@ -39,6 +39,7 @@ class Cuda:
     and memory that they free is taken again by what follows."""
 
     def __init__(self, device: torch.device):
+        torch.cuda.init()  # here, and not in several threads at once
         self.device = device
 
     def buffer(self, size: int) -> Tensor:
