@@ -59,6 +59,8 @@ def test_what_graphs_depend_on_is_seen():
     seen.append(replays._watch())
     layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data.clone()
     seen.append(replays._watch())
+    layer.mlp = copy.deepcopy(layer.mlp)
+    seen.append(replays._watch())
     model.reverse_bettertransformer()
     seen.append(replays._watch())
     layer.mlp.down_proj.register_buffer("table", torch.ones(2))

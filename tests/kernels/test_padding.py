@@ -38,7 +38,7 @@ def agree(mask: torch.Tensor) -> None:
 
 def test_agrees_with_the_reference(monkeypatch):
     monkeypatch.setattr(padding_triton, "_BLOCK", 8)  # several steps over rows and columns
-    for mask in masks("cpu", 11, 13):
+    for mask in masks("cpu", 11, 19):
         agree(mask)
 
 
