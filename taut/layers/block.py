@@ -67,7 +67,9 @@ class Block(nn.Module):
         relative: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        attend = partial(self.self_attn, batch=batch, rotation=rotation, relative=relative, bias=bias)
+        attend = partial(
+            self.self_attn, batch=batch, rotation=rotation, relative=relative, bias=bias, then=self.mlp
+        )
         if self.config.parallel:
             return self._parallel(x, attend)
         x = self._add(
