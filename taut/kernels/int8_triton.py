@@ -3,7 +3,8 @@ quantized and multiplied without the host waiting for any of it.
 
 A column of x in which some value reaches the threshold is taken out of the 8-bit product and multiplied in
 16 bit. How many there are is known on the device alone: up to `CAPACITY` are gathered into dense strips, that
-the product's last steps multiply; where there are more, all of x is multiplied in 16 bit.
+the product's last steps multiply; where there are more, all of x is multiplied in 16 bit, by a copy of the
+weight that is made for it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from taut.kernels.device import multiprocessors
 CAPACITY = 128
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _find(x, flags, rows, inputs, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Set the flags `[inputs]` of columns in which some value reaches the threshold."""
+@triton.jit(do_not_specialize=["rows", "span"])
+def _find(x, flags, rows, inputs, span, threshold, BLOCK: tl.constexpr, EVEN: tl.constexpr):
+    """Set the flags `[inputs]` of columns in which some value reaches the threshold, in `span` rows each."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    most = tl.zeros([16, BLOCK], tl.float32)
-    first = tl.program_id(1) * ROWS
-    for start in range(first, tl.minimum(first + ROWS, rows), 16):
-        row = start + tl.arange(0, 16)
-        inside = (row < rows)[:, None] & (k < inputs)[None, :]
-        v = tl.load(x + row.to(tl.int64)[:, None] * inputs + k[None, :], mask=inside, other=0.0)
+    at = k if EVEN else tl.minimum(k, inputs - 1)
+    most = tl.zeros([32, BLOCK], tl.float32)
+    first = tl.program_id(1) * span
+    for start in range(first, first + span, 32):
+        # The last row again and again where there are no more: loads without a mask are under way together.
+        row = tl.minimum(start + tl.arange(0, 32), rows - 1)
+        v = tl.load(x + row.to(tl.int64)[:, None] * inputs + at[None, :])
         most = tl.maximum(most, tl.abs(v.to(tl.float32)))
     tl.store(flags + k, 1, mask=(k < inputs) & (tl.max(most, 0) >= threshold))  # whoever does: it is a 1
 
@@ -92,8 +94,19 @@ def _gather(weight, weight_scale, found, strip, outputs, inputs, CAPACITY: tl.co
 
 
 @triton.jit
+def _widen(weight, found, wide, count, CAPACITY: tl.constexpr, SIZE: tl.constexpr):
+    """The integers of the weight, `count`, in the dtype of `wide`, where the strips hold too few columns."""
+    if tl.load(found) > CAPACITY:
+        for start in range(tl.program_id(0).to(tl.int64) * SIZE, count, tl.num_programs(0) * SIZE):
+            at = start + tl.arange(0, SIZE)
+            tl.store(
+                wide + at, tl.load(weight + at, mask=at < count).to(wide.dtype.element_ty), mask=at < count
+            )
+
+
+@triton.jit
 def _whole(a_at, b_at, total, inputs, k, BK: tl.constexpr, EVEN: tl.constexpr):
-    """Adds a tile of `A B^T` over all inputs to `total`, in the dtype of A, which holds 8-bit integers."""
+    """Adds a tile of `A B^T` over all inputs to `total`."""
     for start in range(0, inputs, BK):
         if EVEN:
             a = tl.load(a_at + start)
@@ -101,7 +114,7 @@ def _whole(a_at, b_at, total, inputs, k, BK: tl.constexpr, EVEN: tl.constexpr):
         else:
             a = tl.load(a_at + start, mask=(start + k < inputs)[None, :], other=0)
             b = tl.load(b_at + start, mask=(start + k < inputs)[:, None], other=0)
-        total = tl.dot(a, b.to(a.dtype), total, out_dtype=total.dtype)
+        total = tl.dot(a, b, total, out_dtype=total.dtype)
     return total
 
 
@@ -120,8 +133,8 @@ def _strips(y, strip, weight_strip, m, n, rows, last, count, CAPACITY: tl.conste
 
 @triton.jit(do_not_specialize=["rows"])
 def _product(
-    x, values, scale, strip, weight, weight_scale, weight_strip, found, bias, residual, out, rows, outputs,
-    inputs,
+    x, values, scale, strip, weight, weight_scale, weight_strip, wide, found, bias, residual, out, rows,
+    outputs, inputs,
     OUTLIERS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     CAPACITY: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr,
@@ -142,20 +155,23 @@ def _product(
     k = tl.arange(0, BK)
     real, there = m < rows, at < outputs
     a_from = tl.where(real, m, 0).to(tl.int64)[:, None] * inputs + k[None, :]
-    b_at = weight + tl.where(there, n, 0).to(tl.int64)[None, :] * inputs + k[:, None]
+    b_from = tl.where(there, n, 0).to(tl.int64)[None, :] * inputs + k[:, None]
     columns = tl.load(weight_scale + n, mask=there, other=0.0) * (1 / 127)
     count = 0
     if OUTLIERS:
         count = tl.load(found)
     if count <= CAPACITY:
-        total = _whole(values + a_from, b_at, tl.zeros([BM, BN], tl.int32), inputs, k, BK, EVEN)
+        total = _whole(values + a_from, weight + b_from, tl.zeros([BM, BN], tl.int32), inputs, k, BK, EVEN)
         y = total.to(tl.float32) * (tl.load(scale + m, mask=real, other=0.0) * (1 / 127))[:, None]
         y = y * columns[None, :]
         if OUTLIERS:
             y = _strips(y, strip, weight_strip, m, n, rows, HALVES * outputs, count, CAPACITY)
     else:  # more columns than the strips hold: all of them in 16 bit, which is only more exact
-        y = _whole(x + a_from, b_at, tl.zeros([BM, BN], tl.float32), inputs, k, BK, EVEN)
-        y = y * columns[None, :]
+        HALF: tl.constexpr = BK // 2  # which take as many bytes
+        half = tl.arange(0, HALF)
+        a_at = x + tl.where(real, m, 0).to(tl.int64)[:, None] * inputs + half[None, :]
+        b_at = wide + tl.where(there, n, 0).to(tl.int64)[None, :] * inputs + half[:, None]
+        y = _whole(a_at, b_at, tl.zeros([BM, BN], tl.float32), inputs, half, HALF, EVEN) * columns[None, :]
     if BIAS:
         y += tl.load(bias + n, mask=there, other=0.0).to(tl.float32)[None, :]
     if ACT != "":
@@ -205,6 +221,7 @@ def product(
     values = torch.empty(rows, inputs, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     flags = found = strip = weight_strip = None
+    wide = x  # of the dtype; not read without outliers
     outliers = threshold > 0
     block = triton.next_power_of_2(inputs)
     if outliers:
@@ -213,13 +230,17 @@ def product(
         strip = torch.empty(rows, CAPACITY, dtype=x.dtype, device=x.device)
         weight_strip = torch.empty(weight.shape[0], CAPACITY, dtype=x.dtype, device=x.device)
         across = triton.cdiv(inputs, 256)
-        some = 16 * triton.cdiv(rows * across, 16 * 8 * multiprocessors(x.device))  # rows a program
-        _find[(across, triton.cdiv(rows, some))](
-            x, flags, rows, inputs, threshold, ROWS=some, BLOCK=256, num_warps=4
+        span = 32 * triton.cdiv(rows * across, 32 * 4 * multiprocessors(x.device))
+        _find[(across, triton.cdiv(rows, span))](
+            x, flags, rows, inputs, span, threshold, BLOCK=256, EVEN=inputs % 256 == 0, num_warps=8
         )
         _list[(1,)](flags, found, inputs, BLOCK=block, num_warps=8)
         _gather[(triton.cdiv(weight.shape[0], 32),)](
             weight, weight_scale, found, weight_strip, weight.shape[0], inputs, CAPACITY=CAPACITY, BLOCK=32
+        )
+        wide = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+        _widen[(8 * multiprocessors(x.device),)](
+            weight, found, wide, weight.numel(), CAPACITY=CAPACITY, SIZE=4096, num_warps=8
         )
     _quantize[(rows,)](
         x, flags, found, values, scale, strip, rows, inputs, OUTLIERS=outliers, CAPACITY=CAPACITY,
@@ -228,7 +249,7 @@ def product(
     bm, bn, bk, warps, stages = tile or tiles(rows, outputs, act is not None, x.device)
     width = bn // 2 if act else bn
     _product[(triton.cdiv(rows, bm) * triton.cdiv(outputs, width),)](
-        x, values, scale, strip, weight, weight_scale, weight_strip, found, bias,
+        x, values, scale, strip, weight, weight_scale, weight_strip, wide, found, bias,
         None if residual is None else residual.contiguous(), out, rows, outputs, inputs,
         OUTLIERS=outliers, BIAS=bias is not None, ACT=act or "", RESIDUAL=residual is not None,
         CAPACITY=CAPACITY, BM=bm, BN=bn, BK=bk, GROUP=8, EVEN=inputs % bk == 0, num_warps=warps,

@@ -268,13 +268,13 @@ def test_compiles():
     double = {"absmax": "*u8:16", "DOUBLE": True}
     double |= dict.fromkeys(("scale_table", "nested", "offset"), "*fp32:16")
     eight = {"values": "*i8:16", "scale": "*fp32:16", "out": "*bf16:16", "inputs": "i32:16", "SIZE": 2048}
-    many = dict.fromkeys(("x", "strip", "weight_strip", "bias", "residual", "out"), "*bf16:16")
+    many = dict.fromkeys(("x", "strip", "weight_strip", "wide", "bias", "residual", "out"), "*bf16:16")
     many |= dict.fromkeys(("values", "weight"), "*i8:16") | dict.fromkeys(
         ("scale", "weight_scale"), "*fp32:16"
     )
     many |= {"found": "*i32:16", "flags": "*i32:16", "rows": "i32", "outputs": "i32:16", "inputs": "i32:16"}
     many |= {"OUTLIERS": True, "BIAS": True, "RESIDUAL": True, "CAPACITY": 128, "EVEN": True, "GROUP": 8}
-    many |= {"threshold": "fp32", "BLOCK": 4096, "ROWS": 16}
+    many |= {"threshold": "fp32", "span": "i32", "count": "i32:16", "BLOCK": 4096, "SIZE": 4096}
     specs = []
     for arch in (80, 90):
         specs += [Spec(unpack, "_unpack4", arch, four | scales) for scales in (single, double)]
@@ -287,13 +287,21 @@ def test_compiles():
             few_rows(arch, 4, 32, "silu", True, torch.bfloat16),
             few_rows(arch, 8, 1, "silu", False, torch.float16),
         ]
-        for name in ("_find", "_list", "_quantize", "_gather"):
-            specs.append(Spec("taut.kernels.int8_triton", name, arch, many, {"num_warps": 8}))
+        for name, sizes in (
+            ("_find", {"BLOCK": 256}),
+            ("_list", {}),
+            ("_quantize", {}),
+            ("_gather", {"BLOCK": 32}),
+            ("_widen", {}),
+        ):
+            specs.append(Spec("taut.kernels.int8_triton", name, arch, many | sizes, {"num_warps": 8}))
         for rows, act in ((4096, ""), (512, ""), (4096, "silu")):
             bm, bn, bk, warps, stages = int8_triton.tiles(rows, 4096, act != "", torch.device("cpu"))
             sizes = {"BM": bm, "BN": bn, "BK": bk, "ACT": f"={act}"}
             options = {"num_warps": warps, "num_stages": stages}
             specs.append(Spec("taut.kernels.int8_triton", "_product", arch, many | sizes, options))
+        none = dict.fromkeys(("found", "strip", "weight_strip")) | {"OUTLIERS": False}
+        specs.append(Spec("taut.kernels.int8_triton", "_product", arch, many | sizes | none, options))
     for spec, built in zip(specs, cross_compile(specs), strict=True):
         assert built.local == 0 and (built.stack == 0 or "packed" not in spec.module), (spec, built)
         assert built.shared <= (166912 if spec.arch == 80 else 232448), (spec, built)
