@@ -17,6 +17,9 @@ from taut.kernels.dispatch import ops
 from taut.kernels.flash import flash_attention
 from taut.kernels.gemv import gemv
 from taut.kernels.linear_ce import linear_cross_entropy
+from taut.kernels.lookup import Lookup, fuses
+from taut.kernels.lookup_triton import summed_norm
+from taut.kernels.padding import places, spread
 from taut.kernels.paged_triton import paged_attention
 from taut.kernels.sample import Sampling, sample
 from taut.quant.blockwise import Blockwise
@@ -46,7 +49,8 @@ def attention() -> None:
     held = torch.tensor([40, 3, 200], dtype=torch.int32, device="cuda")
     table = torch.randperm(3 * 13, device="cuda").view(3, 13).int()
     for dim in (24, 128):
-        pages = Pages(normal(39, 16, 2, dim), normal(39, 16, 2, dim), table, held, 200)
+        then = normal(1001), torch.zeros(7, 33, device="cuda")
+        pages = Pages(normal(39, 16, 2, dim), normal(39, 16, 2, dim), table, held, 200, then=then)
         for scoring in scorings:
             paged_attention(normal(3, 6, dim), bounds(1, 1, 1), 1, scoring, pages)
             flash_attention(normal(25, 6, dim), None, None, bounds(9, 1, 15), 15, scoring, pages)
@@ -92,10 +96,21 @@ def elementwise() -> None:
         sample(torch.randn(3, 1003, device="cuda"), Sampling(ones, few, 0.9 * ones, zeros, seeds, seeds))
 
 
+def encoders() -> None:
+    mask = torch.rand(5, 37, device="cuda") < 0.6
+    found = places(mask)
+    spread(normal(len(found.index), 100), found.index, found.token, mask.numel())
+    tables = Lookup(normal(11, 100), found.positions % 11), Lookup(normal(40, 100), found.positions, 2)
+    weight = normal(100)
+    with torch.no_grad():
+        assert fuses(tables, weight)
+        summed_norm(tables, weight, weight, 1e-5)
+
+
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA device")
-    for part in (attention, products, elementwise):
+    for part in (attention, products, elementwise, encoders):
         part()
         torch.cuda.synchronize()
         print(part.__name__, "ran", flush=True)
