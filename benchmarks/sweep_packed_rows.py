@@ -21,6 +21,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import product as combinations
+from itertools import starmap
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -43,12 +44,22 @@ SHAPES = {  # outputs, inputs, gated
     "down": (4096, 11008, False),
 }
 TILES, AHEAD, SIDE, SHARED, SPLITS = (1, 2), (1, 2, 4), (1, 2), (2, 4, 8, 16), (1, 2)
+LOOKUPS = {4: (0, 2, 4), 8: (0,)}
 
 
-def cuts(gated: bool, columns: int) -> list[Cut]:
-    """All that are worth a try. What takes many columns of x has no registers for much else."""
-    found = combinations((2,) if gated else TILES, AHEAD, SIDE, SHARED, SPLITS)
-    return [Cut(*cut) for cut in found if cut[2] * cut[3] <= 16 and (columns <= 2 or cut[1] <= 2)]
+def cuts(gated: bool, rows: int, bits: int) -> list[Cut]:
+    """All that are worth a try."""
+    found = combinations((2,) if gated else TILES, AHEAD, SIDE, SHARED, SPLITS, LOOKUPS[bits])
+    return [cut for cut in starmap(Cut, found) if worthwhile(cut, rows)]
+
+
+def worthwhile(cut: Cut, rows: int) -> bool:
+    """Not what fills a table for two warps, nor, beside the x of many rows, what has no registers for so many
+    codes; splits only where a program is of middling size."""
+    warps = cut.wn * cut.wk
+    if warps > 16 or (cut.lookups and warps <= 2) or (cut.splits > 1 and (cut.wn > 1 or warps not in (4, 8))):
+        return False
+    return rows <= 16 or (cut.ahead <= 2 and cut.lookups != 2)
 
 
 def weights(outputs: int, inputs: int, gated: bool, bits: int, copies: int) -> list[Callable[..., Tensor]]:
@@ -95,7 +106,7 @@ def main() -> None:
     kernels = {}
     for bits, rows, (_, inputs, gated) in combinations(asked.bits, asked.rows, SHAPES.values()):
         columns = next_power_of_2(-(-rows // 8))
-        for cut in cuts(gated, columns):
+        for cut in cuts(gated, rows, bits):
             # Compiled alike: all numbers of rows that fill as many columns, all inputs that fit alike.
             key = bits, columns, inputs // 64 % cut.ahead, gated, cut
             kernels.setdefault(key, (rows, inputs, gated, bits, cut))
@@ -107,7 +118,7 @@ def main() -> None:
         made = weights(outputs, inputs, gated, bits, max(2, 160_000_000 * 8 // (outputs * inputs * bits)))
         x = torch.randn(rows, inputs, device=DEVICE, dtype=DTYPE)
         chosen = cut_of(rows, outputs // 2 if gated else outputs, inputs, gated, bits, DEVICE)
-        tried = {chosen, *cuts(gated, next_power_of_2(-(-rows // 8)))}
+        tried = {chosen, *cuts(gated, rows, bits)}
         us = {cut: measured(memory, made, x, cut) for cut in tried}
         best = sorted(us, key=us.get)
         found += [

@@ -4,6 +4,10 @@ A warp multiplies a few times 16 rows of the weight: each thread loads codes and
 into the operands that the tensor cores want of it, so no weight passes through shared memory. For that, a
 thread takes 16 neighbours of a row where the instruction means other inputs; x is read in the same order, and
 a sum doesn't depend on it.
+
+4-bit codes are turned in two ways, each bound by a pipe of its own: permutations of bytes, and a table in
+shared memory that has a pair of values for each byte and lane, so that no two lanes meet in a bank. Beside
+16 rows or fewer the table is faster, or both at once; with it, loads stay where they are written.
 """
 
 from __future__ import annotations
@@ -60,10 +64,26 @@ def tables4(values: tuple[float, ...], dtype: torch.dtype) -> tuple[tuple[int, .
 
 
 @cache
+def pairs4(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """What each byte of two codes stands for, the first in its high half: int32 `[256]`, pairs in `dtype`."""
+    codes = torch.arange(256)
+    return torch.tensor(values).to(dtype)[torch.stack((codes >> 4, codes & 15), 1)].view(torch.int32)[:, 0]
+
+
+@cache
 def _lookup(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The words that `tables4` says to keep in registers, for each lane: int32 `[6, 32]`."""
-    held = torch.tensor(tables4(values, dtype)[0], dtype=torch.int32, device=device)
-    return held[:, None].repeat(1, 32)
+    """`pairs4`, then the words that `tables4` says to keep in registers, for each lane: int32 `[448]`."""
+    held = torch.tensor(tables4(values, dtype)[0], dtype=torch.int32)
+    return torch.cat((pairs4(values, dtype), held.repeat_interleave(32))).to(device)
+
+
+@constexpr_function
+def finder4() -> str:
+    """PTX that turns eight codes, `$4`, into four pairs of neighbours, `$0 .. $3`, that lie in shared memory:
+    those of a byte at `$5` + 128 times that byte, an address that a product of bytes makes in one
+    instruction, on the pipe of the multipliers."""
+    lines = [f"dp4a.u32.u32 t, $4, {128 << 8 * i}, $5; ld.shared.b32 ${i}, [t];" for i in range(4)]
+    return "{ .reg .b32 t; " + " ".join(lines) + " }"
 
 
 @cache
@@ -95,7 +115,7 @@ def multiplier(dtype: torch.dtype) -> str:
 def _load(words: int, offset: int, weight: bool) -> str:
     """PTX that loads so many words from a thread's address and an offset. Nobody reads the weight again; x
     and scales are read by other warps too."""
-    kind = "ld.global.nc.L1::no_allocate.L2::128B" if weight else "ld.global"
+    kind = "ld.global.L1::no_allocate.L2::128B" if weight else "ld.global"
     outputs = ", ".join(f"${i}" for i in range(words))
     return f"{kind}.v{words}.b32 {{{outputs}}}, [${words} + {offset}];"
 
@@ -121,6 +141,44 @@ def _decode4(word, held, ASM: gl.constexpr):
         [word, held[0], held[1], held[2], held[3], held[4], held[5]],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def _find4(word, place):
+    return gl.inline_asm_elementwise(
+        finder4(), "=&r,=&r,=&r,=&r,r,r", [word, place],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _place(lane):
+    """Where shared memory begins, for each lane (or thread) a word further on."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem; mad.lo.u32 $0, $1, 4, $0;",
+        "=&r,r", [lane], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@constexpr_function
+def _store(row: int, threads: int) -> str:
+    """PTX that stores one word of each of so many threads in a row of shared memory."""
+    return f"st.shared.b32 [$1 + {4 * row * threads}], $2; mov.u32 $0, $1;"
+
+
+@gluon.jit
+def _keep(place, value, ASM: gl.constexpr):
+    """Stores as `ASM` says: without the barrier that would stand before each store of a slice."""
+    gl.inline_asm_elementwise(ASM, "=r,r,f", [place, value], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _hold(lane):
+    """Keeps loads where they are written: the assembler moves none across it. It would let them wait until
+    nothing else is left to do."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.u32 $0, $1;", "=r,r", [lane], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -161,45 +219,55 @@ def _of_x(address, PLACE: gl.constexpr):
 
 
 @gluon.jit
-def _decoded(code, table, nested, offset, at, real):
-    """A doubly quantized scale, 0 where not `real`."""
-    group = at // 256
-    s = gl.load(table + code) * gl.load(nested + group, mask=real, other=0.0)
-    return s + gl.load(offset + group, mask=real, other=0.0)
-
-
-@gluon.jit
-def _scales(
-    scales, table, nested, offset, at, step, real, BLOCK: gl.constexpr, DOUBLE: gl.constexpr,
-    AHEAD: gl.constexpr, WHOLE: gl.constexpr,
+def _scales_ahead(
+    scales, nested, offset, at, step, BLOCK: gl.constexpr, DOUBLE: gl.constexpr, AHEAD: gl.constexpr,
+    WHOLE: gl.constexpr,
 ):  # fmt: skip
-    """float32 scales of a row, whose first block is `at`, in the steps from `step` on; 0 where not `real`."""
+    """What `_scales` makes scales of: of a row, whose first block is `at`, in the steps from `step` on."""
     found = ()
     if WHOLE and BLOCK == 64 and AHEAD > 1:  # neighbours, in one load
         at += step
         if DOUBLE:
             if AHEAD == 4:
-                word = gl.load((scales + at).to(gl.pointer_type(gl.uint32)), mask=real, other=0).to(gl.int32)
+                found = (gl.load((scales + at).to(gl.pointer_type(gl.uint32))),)
             else:
-                word = gl.load((scales + at).to(gl.pointer_type(gl.uint16)), mask=real, other=0).to(gl.int32)
-            for i in gl.static_range(AHEAD):
-                found += (_decoded(word >> (8 * i) & 255, table, nested, offset, at, real),)
+                found = (gl.load((scales + at).to(gl.pointer_type(gl.uint16))),)
+            found += (gl.load(nested + at // 256), gl.load(offset + at // 256))
+        elif AHEAD == 4:
+            found = _four_words((scales + at).to(gl.int64), _load(4, 0, False))
         else:
-            address = (scales + at).to(gl.int64)
-            if AHEAD == 4:
-                words = _four_words(address, _load(4, 0, False))
-            else:
-                words = _two_words(address, _load(2, 0, False))
-            for i in gl.static_range(AHEAD):
-                found += (gl.where(real, words[i].to(gl.float32, bitcast=True), 0.0),)
+            found = _two_words((scales + at).to(gl.int64), _load(2, 0, False))
     else:
+        EACH: gl.constexpr = 3 if DOUBLE else 1
+        # Runs begin where blocks do, or inside one that holds them whole.
+        ALIGNED: gl.constexpr = WHOLE and (BLOCK & (BLOCK - 1)) == 0
         for i in gl.static_range(AHEAD):
             block = at + (step + i) * STEP // BLOCK
-            if DOUBLE:
-                code = gl.load(scales + block, mask=real, other=0).to(gl.int32)
-                found += (_decoded(code, table, nested, offset, block, real),)
+            if ALIGNED and i * STEP % BLOCK != 0:
+                found += found[EACH * (i - 1) : EACH * i]
+            elif DOUBLE:
+                found += (gl.load(scales + block),)
+                found += (gl.load(nested + block // 256), gl.load(offset + block // 256))
             else:
-                found += (gl.load(scales + block, mask=real, other=0.0),)
+                found += (gl.load(scales + block).to(gl.int32, bitcast=True),)
+    return found
+
+
+@gluon.jit
+def _scales(
+    loaded, table, real, BLOCK: gl.constexpr, DOUBLE: gl.constexpr, AHEAD: gl.constexpr, WHOLE: gl.constexpr
+):
+    """float32 scales, 0 where not `real`."""
+    found = ()
+    for i in gl.static_range(AHEAD):
+        if not DOUBLE:
+            scale = loaded[i].to(gl.float32, bitcast=True)
+        elif WHOLE and BLOCK == 64 and AHEAD > 1:
+            code = loaded[0].to(gl.int32) >> (8 * i) & 255
+            scale = gl.load(table + code) * loaded[1] + loaded[2]
+        else:
+            scale = gl.load(table + loaded[3 * i].to(gl.int32)) * loaded[3 * i + 1] + loaded[3 * i + 2]
+        found += (gl.where(real, scale, 0.0),)
     return found
 
 
@@ -213,15 +281,23 @@ def _where(real, words):
 
 
 @gluon.jit
-def _operands(codes, held, tile: gl.constexpr, BITS: gl.constexpr, DECODER: gl.constexpr):
+def _pairs(word, at: gl.constexpr, held, place, DECODER: gl.constexpr, LOOKUPS: gl.constexpr):
+    """Four pairs of neighbours, for eight codes that are the `at`-th of a thread's four words."""
+    return _find4(word, place) if at < LOOKUPS else _decode4(word, held, DECODER)
+
+
+@gluon.jit
+def _operands(
+    codes, held, place, tile: gl.constexpr, BITS: gl.constexpr, DECODER: gl.constexpr, LOOKUPS: gl.constexpr
+):
     """What the tensor core wants of this thread in the four instructions of a step, for one tile."""
     low = codes[2 * tile]
     high = codes[2 * tile + 1]
     if BITS == 4:
-        a = _decode4(low[0], held, DECODER)
-        b = _decode4(high[0], held, DECODER)
-        c = _decode4(low[1], held, DECODER)
-        d = _decode4(high[1], held, DECODER)
+        a = _pairs(low[0], 0, held, place, DECODER, LOOKUPS)
+        b = _pairs(high[0], 2, held, place, DECODER, LOOKUPS)
+        c = _pairs(low[1], 1, held, place, DECODER, LOOKUPS)
+        d = _pairs(high[1], 3, held, place, DECODER, LOOKUPS)
         operands = (
             (a[0], b[0], a[1], b[1]),
             (a[2], b[2], a[3], b[3]),
@@ -267,13 +343,15 @@ def _product(
     BITS: gl.constexpr, BLOCK: gl.constexpr, DOUBLE: gl.constexpr, BIAS: gl.constexpr, ACT: gl.constexpr,
     RESIDUAL: gl.constexpr, DECODER: gl.constexpr, MULTIPLIER: gl.constexpr, COLUMNS: gl.constexpr,
     TILES: gl.constexpr, AHEAD: gl.constexpr, WHOLE: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr,
-    SPLITS: gl.constexpr, PDL: gl.constexpr,
+    SPLITS: gl.constexpr, LOOKUPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """`COLUMNS` eights of rows of x against `TILES` sixteens of the weight's rows a warp (with ACT: of its
     gate half and of its up half), `WN` warps side by side and `WK` that share the inputs, as `SPLITS`
     programs do; each of those takes `steps` steps. `AHEAD` steps of codes are in flight; WHOLE: that divides
-    all there are."""
+    all there are. Of four words of 4-bit codes, `LOOKUPS` are turned into values by a table in shared memory,
+    the others by permutations; with a table, loads are asked for as early as they are written here."""
     gl.static_assert(TILES == 2 or ACT == "")
+    gl.static_assert(BITS == 4 or LOOKUPS == 0)
     THREADS: gl.constexpr = 32 * WN * WK
     L: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [1, 32], [1, WN * WK], [1, 0]))
     thread = gl.arange(0, THREADS, L)
@@ -296,11 +374,6 @@ def _product(
             row += outputs
         bases += ((codes + row * row_bytes + part * (2 * BITS)).to(gl.int64),)
         blocks += (row * row_blocks,)
-    words = ()
-    if BITS == 4:
-        # Loaded by each lane for itself: what all lanes share is moved to a register anew for each use.
-        for i in gl.static_range(6):
-            words += (gl.load(lookup + i * 32 + lane),)
     # Steps come in runs of AHEAD: the codes of the next run are loaded while one is multiplied. A run that
     # would reach past the last step (only the very last can, and not if WHOLE) begins earlier, and steps that
     # have had their turn count nothing.
@@ -312,6 +385,31 @@ def _product(
     ahead = ()
     for i in gl.static_range(AHEAD):
         ahead += (_codes(bases, run.to(gl.int64) * (STEP * BITS // 8), BITS, TILES, i),)
+    scales_ahead = ()
+    if BITS == 4:
+        for i in gl.static_range(2 * TILES):
+            some_scales = _scales_ahead(scales, nested, offset, blocks[i], run, BLOCK, DOUBLE, AHEAD, WHOLE)
+            scales_ahead += (some_scales,)
+    # One piece of shared memory, for the pairs of values, then for sums. It is all there is, so it begins
+    # where `_place` takes it to begin.
+    SUMS: gl.constexpr = 4 * COLUMNS * TILES // HALVES  # a thread's, of each half
+    WORDS: gl.constexpr = max(8192 if LOOKUPS else 0, HALVES * SUMS * THREADS)
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    memory = gl.allocate_shared_memory(gl.float32, [WORDS // 32, 32], ROWS)
+    words = ()
+    place = lane
+    if LOOKUPS:
+        T: gl.constexpr = gl.BlockedLayout([4, 4], [4, 8], [WN * WK, 1], [1, 0])
+        byte = gl.arange(0, 256, gl.SliceLayout(1, T))
+        bank = gl.arange(0, 32, gl.SliceLayout(0, T))
+        pairs = gl.load(lookup + byte)[:, None] + 0 * bank[None, :]
+        memory._reinterpret(gl.int32, [256, 32], ROWS).store(pairs)
+        gl.thread_barrier()
+        place = _place(lane)
+    if BITS == 4 and LOOKUPS < 4:
+        # Loaded by each lane for itself: what all lanes share is moved to a register anew for each use.
+        for i in gl.static_range(6):
+            words += (gl.load(lookup + 256 + i * 32 + lane),)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -320,13 +418,6 @@ def _product(
         row = gl.minimum(quad + 8 * i, rows - 1).to(gl.int64)
         sources += ((x + row * inputs + part * 16).to(gl.int64),)
 
-    factors = ()
-    if BITS == 4:
-        for i in gl.static_range(2 * TILES):
-            some_scales = _scales(
-                scales, table, nested, offset, blocks[i], run, begin < end, BLOCK, DOUBLE, AHEAD, WHOLE
-            )
-            factors += (some_scales,)
     # Loads come back in order: x would wait for the codes that were asked for before it. So it is loaded with
     # them, a run ahead, where there are registers for it.
     x_ahead = ()
@@ -347,21 +438,18 @@ def _product(
         some = first_step < end
         x_at = run.to(gl.int64) * (2 * STEP)
         next_x = following.to(gl.int64) * (2 * STEP)
-        new_factors = ()
+        factors = ()
+        new_scales = ()
         if BITS == 4:
             for i in gl.static_range(2 * TILES):
-                real = first_step + AHEAD < end
-                some_scales = _scales(
-                    scales, table, nested, offset, blocks[i], following, real, BLOCK, DOUBLE, AHEAD, WHOLE
-                )
-                new_factors += (some_scales,)
+                factors += (_scales(scales_ahead[i], table, some, BLOCK, DOUBLE, AHEAD, WHOLE),)
         codes_at = following.to(gl.int64) * (STEP * BITS // 8)
         for i in gl.static_range(AHEAD):
             real = some if WHOLE else (run + i >= first_step) & (run + i < end)
             now = ahead[i]
             operands = ()
             for tile in gl.static_range(TILES):
-                operands += (_operands(now, words, tile, BITS, DECODER),)
+                operands += (_operands(now, words, place, tile, BITS, DECODER, LOOKUPS),)
             new = ()
             for column in gl.static_range(COLUMNS):
                 v = x_ahead[i][column] if COLUMNS <= 2 else _of_x(sources[column] + x_at, i)
@@ -384,22 +472,31 @@ def _product(
                 for column in gl.static_range(COLUMNS):
                     some_x += (_of_x(sources[column] + next_x, i),)
                 x_ahead = x_ahead[:i] + (some_x,) + x_ahead[i + 1 :]  # noqa: RUF005
+            if BITS == 4 and i == AHEAD - 1:
+                for j in gl.static_range(2 * TILES):
+                    some_scales = _scales_ahead(
+                        scales, nested, offset, blocks[j], following, BLOCK, DOUBLE, AHEAD, WHOLE
+                    )
+                    new_scales += (some_scales,)
+            if LOOKUPS:
+                _hold(lane)
         run = following
-        factors = new_factors
+        scales_ahead = new_scales
 
     # Sums of the warps that shared the inputs are added up, always in the same order: [sums, WN, WK, 32].
-    SUMS: gl.constexpr = 4 * COLUMNS * TILES // HALVES  # a thread's, of each half
     W: gl.constexpr = gl.BlockedLayout([1, 1, WK, 1], [1, 1, 1, 32], [WK, WN, 1, 1], [3, 2, 1, 0])
     S: gl.constexpr = gl.SliceLayout(2, W)
-    shared = gl.allocate_shared_memory(
-        gl.float32, [HALVES * SUMS, THREADS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )
+    if LOOKUPS:
+        gl.thread_barrier()  # all have read the values they need
+    sum_place = _place(thread)
     for tile in gl.static_range(TILES):
         for column in gl.static_range(COLUMNS):
             for i in gl.static_range(4):
                 value = sums[column * TILES + tile][i]
-                shared.slice((tile * COLUMNS + column) * 4 + i, 1).store(value[None, :])
-    halves = shared.reshape([HALVES * SUMS, WN, WK, 32])
+                _keep(sum_place, value, _store((tile * COLUMNS + column) * 4 + i, THREADS))
+    gl.thread_barrier()
+    halves = memory._reinterpret(gl.float32, [HALVES * SUMS, THREADS], ROWS)
+    halves = halves.reshape([HALVES * SUMS, WN, WK, 32])
     total = gl.sum(halves.slice(0, SUMS).load(W), 2)  # [SUMS, WN, 32]
     up = total
     if HALVES == 2:
@@ -433,13 +530,14 @@ def _product(
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut up: see `_product`."""
+    """How a product is cut up: see `_product`. `lookups` for 4-bit codes alone."""
 
     tiles: int
     ahead: int
     wn: int
     wk: int
     splits: int
+    lookups: int = 0
 
 
 def cut_of(rows: int, outputs: int, inputs: int, gated: bool, bits: int, device: torch.device) -> Cut:
@@ -447,11 +545,14 @@ def cut_of(rows: int, outputs: int, inputs: int, gated: bool, bits: int, device:
     few = triton.cdiv(outputs, 32) < 2 * multiprocessors(device)  # programs, of 32 outputs each
     if rows > 32:
         return Cut(2, 2, 1, 4, 1)
-    if rows > 16:
-        return Cut(2, 2 if few and bits == 4 else 1, 1, 8 if few else 2 if gated else 4, 1)
+    if rows > 16:  # x takes the registers that hide how long a table takes to answer
+        return Cut(2, 1, 1, 8 if few else 2 if gated else 4, 1)
+    if bits == 8:
+        return Cut(2, 2, 1, 8, 1) if gated else Cut(1, 4, 1, 8, 1)
+    ahead = 2 if inputs % 256 else 4  # a last run of fewer steps takes registers
     if gated:
-        return Cut(2, 4, 1, 4 if few else 2, 1) if bits == 4 else Cut(2, 2, 1, 8, 1)
-    return Cut(1, 4, 1, 8 if few or bits == 8 else 4, 1)
+        return Cut(2, ahead, 1, 4, 1, 4) if few else Cut(2, ahead, 2, 2, 1, 4)
+    return Cut(1, ahead, 1, 8, 1, 2) if few else Cut(2, ahead, 1, 4, 1, 4)
 
 
 def refuses(x: Tensor, block: int | None = None) -> str | None:
@@ -514,6 +615,6 @@ def product(
         RESIDUAL=residual is not None,
         DECODER=decoder, MULTIPLIER=multiplier(x.dtype), COLUMNS=columns, TILES=cut.tiles,
         AHEAD=ahead, WHOLE=inputs // 64 % ahead == 0, WN=cut.wn, WK=cut.wk, SPLITS=cut.splits,
-        num_warps=cut.wn * cut.wk, **launch_options(x.device),
+        LOOKUPS=cut.lookups, num_warps=cut.wn * cut.wk, **launch_options(x.device),
     )  # fmt: skip
     return out

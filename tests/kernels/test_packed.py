@@ -127,22 +127,27 @@ def test_few_rows_on_a_gpu(rows, dtype):
         check_rows(packed, rows, dtype, act=True, bias=True, residual=True)
 
 
+BLOCKS = ((64, False), (64, True), (128, True), (512, True), (128, False))  # and whether scales have scales
+
+
 @pytest.mark.gpu
 def test_cuts_give_the_same_product():
-    packed = four_bit("nf4", 64, False, (320, 4096), "cuda")[0]
     x = torch.randn(11, 4096, device="cuda").half()
-    want = F.linear(x.double(), packed.dequantize(torch.float64))
-    cuts = list(itertools.product((2, 4), (1, 2, 4), (1, 2), (1, 2, 4, 8), (1, 2, 5)))
-    for cut in cuts[::5]:  # every value of each, beside most of the others
+    weights = [four_bit("nf4", *blocks, (320, 4096), "cuda")[0] for blocks in BLOCKS]
+    wanted = [F.linear(x.double(), packed.dequantize(torch.float64)) for packed in weights]
+    cuts = itertools.product((2, 4), (1, 2, 4), (1, 2), (1, 2, 4, 8), (1, 2, 5), (0, 2, 4))
+    for at, cut in enumerate(list(cuts)[::13]):  # every value of each, beside most of the others
+        packed, want = weights[at % len(BLOCKS)], wanted[at % len(BLOCKS)]
         got = packed_rows.product(
             x,
             packed.codes,
             packed._kernel_scales(),
             320,
             values=tuple(code_values("nf4", x.device).tolist()),
+            block=packed.block,
             cut=packed_rows.Cut(*cut),
         )
-        assert off(got, want) < BOUNDS[torch.float16], cut
+        assert off(got, want) < BOUNDS[torch.float16], (cut, packed.block)
 
 
 @pytest.mark.gpu
@@ -193,6 +198,9 @@ CARRIED_OUT = {
     "xor.b32": int.__xor__,
     "mov.b32": int,
     "mul.hi.u32": lambda a, b: a * b >> 32,
+    "dp4a.u32.u32": lambda a, b, c: (
+        c + sum(x * y for x, y in zip(a.to_bytes(4, "little"), b.to_bytes(4, "little"), strict=True))
+    ),
     "lop3.b32": lambda a, b, c, table: a & b | c,
     "prmt.b32": _permute,
     "sub.f16x2": lambda a, b: _halves(a, b, torch.float16, torch.sub),
@@ -200,14 +208,15 @@ CARRIED_OUT = {
 }
 
 
-def run_ptx(text: str, registers: dict[str, int]) -> dict[str, int]:
-    """The registers after the PTX, carried out here: the interpreter knows none."""
+def run_ptx(text: str, registers: dict[str, int], shared: list[int] | None = None) -> dict[str, int]:
+    """The registers after the PTX, carried out here, with shared memory: the interpreter knows none."""
+    carried_out = CARRIED_OUT | {"ld.shared.b32": lambda at: shared[at // 4]}
     for line in text.strip("{ }").split(";"):
         op, _, operands = line.strip().partition(" ")
-        if op in CARRIED_OUT:
-            target, *given = [word.strip() for word in operands.split(",")]
+        if op in carried_out:
+            target, *given = [word.strip(" []") for word in operands.split(",")]
             words = [registers[w] if w in registers else int(w, 0) & 0xFFFFFFFF for w in given]
-            registers[target] = CARRIED_OUT[op](*words)
+            registers[target] = carried_out[op](*words)
         else:
             assert op in ("", ".reg"), op
     return registers
@@ -218,13 +227,17 @@ def test_decoders_give_the_values_of_all_bytes(dtype):
     for kind in CODES:
         values = code_values(kind, torch.device("cpu"))
         held, text = packed_rows.tables4(tuple(values.tolist()), dtype)
+        pairs = packed_rows.pairs4(tuple(values.tolist()), dtype).repeat_interleave(32).tolist()
         for first in range(0, 256, 4):
-            registers = {f"${5 + i}": word & 0xFFFFFFFF for i, word in enumerate(held)}
-            registers["$4"] = int.from_bytes(bytes(range(first, first + 4)), "little")
-            run_ptx(text, registers)
-            out = torch.tensor([registers[f"${i}"] for i in range(4)]).to(torch.int32).view(dtype)
             codes = torch.arange(first, first + 4)
-            assert torch.equal(out, values[torch.stack((codes >> 4, codes & 15), 1).flatten()].to(dtype))
+            want = values[torch.stack((codes >> 4, codes & 15), 1).flatten()].to(dtype)
+            word = int.from_bytes(bytes(range(first, first + 4)), "little")
+            lane = first % 32
+            for ptx, given in ((text, held), (packed_rows.finder4(), (4 * lane,))):
+                registers = {f"${5 + i}": number & 0xFFFFFFFF for i, number in enumerate(given)}
+                registers = run_ptx(ptx, registers | {"$4": word}, pairs)
+                out = torch.tensor([registers[f"${i}"] for i in range(4)]).to(torch.int32).view(dtype)
+                assert torch.equal(out, want)
     for first in range(0, 256, 4):
         registers = {"$2": int.from_bytes(bytes(range(first, first + 4)), "little")}
         run_ptx(packed_rows.decoder8(dtype), registers)
@@ -232,9 +245,11 @@ def test_decoders_give_the_values_of_all_bytes(dtype):
         assert out.tolist() == torch.arange(first, first + 4).to(torch.int8).tolist()
 
 
-def few_rows(arch: int, bits: int, rows: int, act: str, double: bool, dtype: torch.dtype) -> Spec:
+def few_rows(
+    arch: int, bits: int, rows: int, act: str, double: bool, dtype: torch.dtype, outputs: int = 4096
+) -> Spec:
     kind = "*bf16:16" if dtype is torch.bfloat16 else "*fp16:16"
-    cut = packed_rows.cut_of(rows, 4096, 11008, act != "", bits, torch.device("cpu"))
+    cut = packed_rows.cut_of(rows, outputs, 11008, act != "", bits, torch.device("cpu"))
     values = tuple(code_values("nf4", torch.device("cpu")).tolist())
     decoder = packed_rows.tables4(values, dtype)[1] if bits == 4 else packed_rows.decoder8(dtype)
     arguments = dict.fromkeys(("x", "bias", "residual", "out"), kind)
@@ -256,7 +271,7 @@ def few_rows(arch: int, bits: int, rows: int, act: str, double: bool, dtype: tor
         "WHOLE": True,
         "WN": cut.wn,
     }
-    arguments |= {"WK": cut.wk, "SPLITS": 2, "PDL": arch >= 90}
+    arguments |= {"WK": cut.wk, "SPLITS": 2, "LOOKUPS": cut.lookups, "PDL": arch >= 90}
     return Spec("taut.kernels.packed_rows", "_product", arch, arguments, {"num_warps": cut.wn * cut.wk})
 
 
@@ -281,6 +296,7 @@ def test_compiles():
         specs += [Spec(unpack, "_unpack8", arch, eight)]
         specs += [
             few_rows(arch, 4, 1, "", False, torch.float16),
+            few_rows(arch, 4, 16, "", True, torch.bfloat16, 12288),
             few_rows(arch, 8, 32, "", False, torch.bfloat16),
         ]
         specs += [
@@ -305,6 +321,10 @@ def test_compiles():
     for spec, built in zip(specs, cross_compile(specs), strict=True):
         assert built.local == 0 and (built.stack == 0 or "packed" not in spec.module), (spec, built)
         assert built.shared <= (166912 if spec.arch == 80 else 232448), (spec, built)
+        if spec.module.endswith("packed_rows"):
+            # One piece of memory and nothing before it: values are looked up from where memory begins.
+            sums = 128 * spec.options["num_warps"] * spec.arguments["COLUMNS"] * spec.arguments["TILES"] * 4
+            assert built.shared == max(sums, 32768 if spec.arguments["LOOKUPS"] else 0), (spec, built)
         assert built.wgmma == (
             spec.arch == 90 and spec.module.endswith("int8_triton") and spec.kernel == "_product"
         )
