@@ -50,8 +50,7 @@ class Pages:
     """Keys and values in cache pages: `keys`, `values` `[pages, page_size, kv_heads, head_dim]`, `table`
     `[rows, max_pages]` the page numbers of each row, `lengths` `[rows]` keys a row, `longest` their host
     maximum. A row's queries are the last of its positions. `first`: where there is one row and its pages lie
-    one after the other, the first of them, on the host. `then`: what will be read from memory next, in order;
-    attention that leaves memory idle may ask for some of it."""
+    one after the other, the first of them, on the host."""
 
     keys: Tensor
     values: Tensor
@@ -59,7 +58,6 @@ class Pages:
     lengths: Tensor
     longest: int
     first: int | None = None
-    then: tuple[Tensor, ...] = ()
 
     def row(self, row: int, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` keys and values of a row, `[count, kv_heads, head_dim]`; views where they lie

@@ -18,19 +18,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from taut.errors import RequestError
 from taut.kernels.attention import Pages, Scoring
-from taut.kernels.device import (
-    dependent_launch,
-    launch_options,
-    multiprocessors,
-    shared_memory,
-    workspace,
-)
+from taut.kernels.device import launch_options, multiprocessors, shared_memory, workspace
 
 MAX_QUERIES = 16  # a row; more are a prefill
 _LOG2E = 1.4426950408889634
-_ASK = tl.constexpr(
-    "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
-)
 
 
 @triton.jit
@@ -40,25 +31,6 @@ def _prefetch(pointers, BYTES: tl.constexpr):
         "cp.async.bulk.prefetch.L2.global [$1], " + BYTES + "; mov.u32 $0, 0;",
         "=r,l",
         [pointers.to(tl.uint64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _ask(pointer, size, THREADS: tl.constexpr):
-    """Ask for `size` bytes, a multiple of 16, to be in the L2 cache soon; all programs share them out."""
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(
-        0
-    )
-    threads = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2) * THREADS
-    each = tl.cdiv(size, 16 * threads) * 16
-    at = (program * THREADS + tl.arange(0, THREADS)) * each
-    tl.inline_asm_elementwise(
-        _ASK,
-        "=r,l,r",
-        [(pointer + at).to(tl.uint64), tl.minimum(size - at, each)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -126,7 +98,7 @@ def _merge(
     tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["reach", "window", "least", "table_row", "first_size", "second_size"])
+@triton.jit(do_not_specialize=["reach", "window", "least", "table_row"])
 def _decode(
     q,
     keys,
@@ -141,10 +113,6 @@ def _decode(
     parts,
     sums,
     counters,
-    first_then,
-    second_then,
-    first_size,
-    second_size,
     reach,
     scale,
     softcap,
@@ -179,7 +147,6 @@ def _decode(
     MERGE_S: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
-    THEN: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -192,9 +159,6 @@ def _decode(
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     row = tl.program_id(2)
-    if THEN:
-        _ask(first_then, first_size, 32 * WARPS)
-        _ask(second_then, second_size, 32 * WARPS)
     # Lengths and page tables come from the step's beginning, not from the kernel just ahead.
     begin = tl.load(starts + row)
     count = tl.load(starts + row + 1) - begin
@@ -357,24 +321,6 @@ def _prefetch_bytes(dim: int, cut: Tiles, itemsize: int) -> str:
     return str(size) if cut.prefetch and size and size % 16 == 0 and dim % each == 0 else ""
 
 
-# While few rows attend, memory is idle most of the time: so much of what is read next is asked for, which the
-# L2 cache of a GPU that has the instruction holds.
-THEN_BYTES = 20 << 20
-THEN_ROWS = 4
-
-
-def _then(pages: Pages, rows: int, device: torch.device) -> list[tuple[Tensor, int]]:
-    """Two tensors that are read after this, and how many of their first bytes to ask for; or nothing."""
-    if not pages.then or rows > THEN_ROWS or not dependent_launch(device):
-        return []
-    asked, left = [], THEN_BYTES
-    for tensor in pages.then[:2]:
-        size = min(tensor.nbytes, left) // 16 * 16
-        asked.append((tensor.view(torch.uint8), size))
-        left -= size
-    return asked if len(asked) == 2 else [*asked, (asked[0][0], 0)]
-
-
 @dataclass(frozen=True)
 class Plan:
     """Host decisions of a launch; they depend on shapes and on the bound of the context alone."""
@@ -456,7 +402,6 @@ def paged_attention(
     memory = workspace(q.device, p.floats, p.counters) if p.splits > 1 else None
     slopes, relative = scoring.slopes, scoring.relative
     block_d = max(triton.next_power_of_2(dim), 16)
-    then = _then(pages, rows, q.device)
     merge_r = min(triton.next_power_of_2(queries * (heads // kv_heads)), p.block_r)
     _decode[(kv_heads * p.blocks, p.splits, rows)](
         q,
@@ -472,10 +417,6 @@ def paged_attention(
         memory.parts if memory else None,
         memory.parts[tokens * heads * p.splits * dim :] if memory else None,
         memory.counters if memory else None,
-        then[0][0] if then else None,
-        then[1][0] if then else None,
-        then[0][1] if then else 0,
-        then[1][1] if then else 0,
         relative.shape[1] // 2 if relative is not None else 0,
         scoring.scale * _LOG2E,
         (scoring.softcap or 1.0) * _LOG2E,
@@ -510,7 +451,6 @@ def paged_attention(
         MERGE_S=max(1, 8192 // (merge_r * block_d)),
         STAGES=p.cut.stages,
         PREFETCH=_prefetch_bytes(dim, p.cut, q.element_size()),
-        THEN=bool(then),
         WARPS=p.cut.warps,
         num_warps=p.cut.warps,
         **launch_options(q.device),

@@ -73,11 +73,10 @@ class SelfAttention(Attention):
         residual: Tensor | None = None,
         relative: Tensor | None = None,
         bias: Tensor | None = None,
-        then: nn.Module | None = None,
     ) -> Tensor:
         """`residual + o(attention(norm(x)))`, norm and residual where given; `relative`
         `[heads, 2 * reach + 1]`: what distances add to the scores; `bias` `[heads, queries, keys]`: what
-        every pair adds; `then`: the module that comes next."""
+        every pair adds."""
         c, gate = self.config, None
         if self.gate is not None:
             x, norm = (x if norm is None else norm(x)), None
@@ -92,8 +91,6 @@ class SelfAttention(Attention):
             pages = batch.kv.layer(self.index)
             q, k, v = self._store(qkv, rotation, pages, batch.kv.slots, batch.kv.fresh)
             pages = None if batch.kv.fresh else pages
-            if pages is not None and batch.longest == 1 and qkv.is_cuda:
-                pages = replace(pages, then=_reads(self.o_proj, then))
         if self._scoring.slopes is not None and self._scoring.slopes.device != q.device:
             self._scoring = replace(self._scoring, slopes=self._scoring.slopes.to(q.device))
         scoring = self.scoring
@@ -183,12 +180,6 @@ class CrossAttention(Attention):
         """Keys and values `[tokens, kv_heads, head_dim]` of a source's hidden states `[tokens, dim]`."""
         kv = self.kv_proj(hidden).unflatten(-1, (-1, self.config.head_dim))
         return kv[:, : self.config.kv_heads], kv[:, self.config.kv_heads :]
-
-
-def _reads(*modules: nn.Module | None) -> tuple[Tensor, ...]:
-    """The weights that the first products of these modules read."""
-    linears = (next((m for m in one.modules() if isinstance(m, Linear)), None) for one in modules if one)
-    return tuple(linear.codes for linear in linears if linear is not None)
 
 
 def _norm_of(config: Attn, heads: int, dtype: torch.dtype | None) -> Norm | HeadNorm | None:

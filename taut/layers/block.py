@@ -67,9 +67,7 @@ class Block(nn.Module):
         relative: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        attend = partial(
-            self.self_attn, batch=batch, rotation=rotation, relative=relative, bias=bias, then=self.mlp
-        )
+        attend = partial(self.self_attn, batch=batch, rotation=rotation, relative=relative, bias=bias)
         if self.config.parallel:
             return self._parallel(x, attend)
         x = self._add(

@@ -117,11 +117,6 @@ class Linear(nn.Module):
         return y if residual is None else residual + y
 
     @property
-    def codes(self) -> Tensor:
-        """What a product of a few rows reads most of: the weight, or what it is packed into."""
-        return self.weight if self.packed is None else max(self.packed.buffers(), key=lambda t: t.nbytes)
-
-    @property
     def shape(self) -> torch.Size:
         """Of the weight, however it is held."""
         return torch.Size((self.out_features, self.in_features))

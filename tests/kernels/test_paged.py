@@ -141,12 +141,10 @@ def test_compiles() -> None:
         pointers = dict.fromkeys(("q", "keys", "values", "out"), f"*{type}:16")
         pointers |= dict.fromkeys(("table", "lengths", "starts", "counters"), "*i32:16")
         pointers |= dict.fromkeys(("slopes", "relative", "sinks"), "*fp32:16")
-        pointers |= dict.fromkeys(("first_then", "second_then"), "*u8:16")
         pointers |= dict.fromkeys(("parts", "sums"), None if extra else "*fp32:16")
         strides = ["q_token", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head"]
         numbers = dict.fromkeys(strides, "i32:16") | dict.fromkeys(("scale", "softcap"), "fp32")
         numbers |= dict.fromkeys(("reach", "window", "least", "table_row", "heads"), "i32")
-        numbers |= dict.fromkeys(("first_size", "second_size"), "i32")
         flags = {"CAUSAL": True, "WINDOW": extra, "SOFTCAP": extra, "ALIBI": extra, "RELATIVE": extra}
         flags["SINKS"] = not extra
         flags["SPLIT"] = not extra
@@ -155,7 +153,6 @@ def test_compiles() -> None:
         sizes = {"GROUP": group, "DIM": dim, "PAGE": 16, "BLOCKS": 1, "BLOCK_R": block_r, "BLOCK_D": block_d}
         sizes |= {"BLOCK_N": cut.block_n, "MERGE_R": merge, "MERGE_S": max(1, 8192 // (merge * block_d))}
         sizes |= {"STAGES": cut.stages, "PREFETCH": "=", "WARPS": cut.warps, "PDL": arch >= 90}
-        sizes["THEN"] = arch >= 90
         precision = {"PRECISION": "=ieee" if type == "fp32" else "=tf32"}
         return Spec(
             "taut.kernels.paged_triton", "_decode", arch, pointers | numbers | flags | sizes | precision,
@@ -224,9 +221,6 @@ def test_replays_from_a_graph_while_rows_grow() -> None:
     q = torch.randn(3, 8, dim, dtype=torch.float16, device="cuda")
     starts = torch.arange(4, device="cuda").int()
     paged_attention(q, starts, 1, Scoring(0.1), pages)
-    # Asking for what comes next changes nothing, to its very end.
-    next_read = torch.zeros(1001, dtype=torch.float16, device="cuda"), torch.zeros(7, 33, device="cuda")
-    pages = replace(pages, then=next_read)
     graph, memory = torch.cuda.CUDAGraph(), Workspace.of(q.device)
     with using(memory), torch.cuda.graph(graph):
         got = paged_attention(q, starts, 1, Scoring(0.1), pages)
