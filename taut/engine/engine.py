@@ -159,7 +159,7 @@ class Engine:
             self.runner.copy(self.scheduler.copies)
             self.runner.encode(self.scheduler.sources)
             pending = self.graphs.start(chained) if chained else None
-            logits = self.runner(rest)
+            logits = self.runner(rest, busy=pending is not None)
         except BaseException:
             self.scheduler.abandon()
             raise

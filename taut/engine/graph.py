@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from taut.batch import Batch, PagedKV
+from taut.engine.integers import fields, room
 from taut.engine.replay import graphs_refuse
 from taut.engine.request import Request
 from taut.engine.runner import Runner, fill_source
@@ -157,10 +158,10 @@ class _Graph:
         # All state in one buffer, the 64-bit fields first: filling it is one copy.
         sizes = [2 * rows] * 3 + [rows] * 7 + [rows * width, rows * (sources > 0), rows * sources]
         pinned = device.type == "cuda"
-        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=pinned)
-        self._state = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self._host = torch.zeros(room(sizes), dtype=torch.int32, pin_memory=pinned)
+        self._state = torch.zeros(room(sizes), dtype=torch.int32, device=device)
         self._sizes = sizes
-        views = _views(self._state, sizes)
+        views = fields(self._state, sizes, 3)
         self.ids, seeds, steps, self.positions, self.lengths, self.active, top_k = views[:7]
         temperature, top_p, min_p = (view.view(torch.float32) for view in views[7:10])
         self.table = views[10].view(rows, width)
@@ -201,9 +202,9 @@ class _Graph:
         self._kept.synchronize()
         self.filled = len(work)
         self._host.zero_()
-        fields = [view.numpy() for view in _views(self._host, self._sizes)]
-        ids, seeds, steps, positions, lengths, active, top_k = fields[:7]
-        temperature, top_p, min_p = (field.view(np.float32) for field in fields[7:10])
+        views = [view.numpy() for view in fields(self._host, self._sizes, 3)]
+        ids, seeds, steps, positions, lengths, active, top_k = views[:7]
+        temperature, top_p, min_p = (view.view(np.float32) for view in views[7:10])
         top_p[:] = 1.0
         for row, item in enumerate(work):
             request, start = item.row.request, item.start
@@ -219,15 +220,15 @@ class _Graph:
                     p.min_p,
                 )
             if self.sources:
-                fill_source(fields[11], fields[12].reshape(self.rows, self.sources), row, item.row)
-        self._write_pages(fields[10], work, range(len(work)))
+                fill_source(views[11], views[12].reshape(self.rows, self.sources), row, item.row)
+        self._write_pages(views[10], work, range(len(work)))
         self._state.copy_(self._host, non_blocking=True)
         self._copied.record()
 
     def fill_pages(self, work: list[Work], places: Sequence[int]) -> None:
         """The page table alone, after rows got pages."""
         self._copied.synchronize()
-        table = _views(self._host, self._sizes)[10]
+        table = fields(self._host, self._sizes, 3)[10]
         self._write_pages(table.numpy(), work, places)
         self.table.copy_(table.view(self.rows, self.width), non_blocking=True)
         self._copied.record()
@@ -243,7 +244,7 @@ class _Graph:
         """Leave all rows but these idle from the next step on."""
         self._copied.synchronize()
         self._kept.synchronize()
-        active = _views(self._host, self._sizes)[5]
+        active = fields(self._host, self._sizes, 3)[5]
         active.zero_()
         active[places] = 1
         self.active.copy_(active, non_blocking=True)
@@ -271,8 +272,3 @@ def _capture(step: Callable[[], None], device: torch.device, pool) -> Callable[[
     with torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
-
-
-def _views(buffer: Tensor, sizes: list[int]) -> list[Tensor]:
-    """The fields of a state buffer; the first three are 64-bit."""
-    return [t.view(torch.int64) if at < 3 else t for at, t in enumerate(buffer.split(sizes))]

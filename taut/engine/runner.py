@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taut.batch import Batch, PagedKV
 from taut.config import Dynamic, ModelConfig
+from taut.engine.integers import fields, room
 from taut.engine.replay import Replays
 from taut.engine.request import Row
 from taut.engine.scheduler import Work
@@ -60,15 +61,16 @@ class Runner:
         self._copied = torch.cuda.Event() if cuda else None
 
     @torch.inference_mode()
-    def __call__(self, work: list[Work]) -> Tensor | None:
+    def __call__(self, work: list[Work], *, busy: bool = False) -> Tensor | None:
         """Compute the work; logits `[n, vocab]` after the last token of all that is ready and after each of
-        its drafts, valid until the next call; None where nothing is ready."""
+        its drafts, valid until the next call; None where nothing is ready. `busy`: the device still has other
+        work, so that it doesn't wait for launches and a graph would gain nothing."""
         if not work:
             return None
         batch, last = self._build(work)
         if self.device.type == "cpu" and last.shape[0] == batch.tokens:
             return self.scores(batch)
-        hidden = self.replays(batch)  # [tokens, dim]
+        hidden = self.model.decoder(batch) if busy else self.replays(batch)  # [tokens, dim]
         if last.shape[0] == 0:
             return None
         return self.model.logits(hidden if last.shape[0] == batch.tokens else hidden.index_select(0, last))
@@ -142,9 +144,9 @@ class Runner:
         parts = [2 * tokens, 2 * tokens, 2 * asked, tokens, count + 1, count, count, count * width]
         wide = max(len(row.row.source_pages) for row in rows)  # 0 without sources
         parts += [count * (wide > 0), count * wide]
-        host = self._host(sum(parts))
+        host = self._host(room(parts))
         ids, slots, last, positions, starts, lengths, totals, table, source_lengths, source_table = (
-            t.numpy() for t in _split(host, parts)
+            t.numpy() for t in fields(host, parts, 3)
         )
         table, source_table = table.reshape(count, width), source_table.reshape(count, wide)
         at = sampled = widest = 0
@@ -172,7 +174,7 @@ class Runner:
                 last[sampled : sampled + wanted] = np.arange(at - wanted, at)
                 sampled += wanted
         starts[count] = at
-        sent = _split(self._send(host), parts)
+        sent = fields(self._send(host), parts, 3)
         ids, slots, last, positions, starts, lengths, totals, table, source_lengths, source_table = sent
         fresh = all(row.start == 0 for row in rows)
         table, first = table.view(count, width), _in_order(rows[0].row.pages[:width]) if count == 1 else None
@@ -219,11 +221,6 @@ def turns_by_length(config: ModelConfig) -> bool:
     "dynamic"), so that equal tokens of two prompts have different keys."""
     ropes = [layer.attn.rope for layer in config.layers]
     return any(rope is not None and isinstance(rope.scaling, Dynamic) for rope in ropes)
-
-
-def _split(buffer: Tensor, parts: list[int]) -> list[Tensor]:
-    """The parts of a batch's integers; the first three are 64-bit."""
-    return [t.view(torch.int64) if at < 3 else t for at, t in enumerate(buffer.split(parts))]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

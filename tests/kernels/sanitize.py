@@ -49,8 +49,7 @@ def attention() -> None:
     held = torch.tensor([40, 3, 200], dtype=torch.int32, device="cuda")
     table = torch.randperm(3 * 13, device="cuda").view(3, 13).int()
     for dim in (24, 128):
-        then = normal(1001), torch.zeros(7, 33, device="cuda")
-        pages = Pages(normal(39, 16, 2, dim), normal(39, 16, 2, dim), table, held, 200, then=then)
+        pages = Pages(normal(39, 16, 2, dim), normal(39, 16, 2, dim), table, held, 200)
         for scoring in scorings:
             paged_attention(normal(3, 6, dim), bounds(1, 1, 1), 1, scoring, pages)
             flash_attention(normal(25, 6, dim), None, None, bounds(9, 1, 15), 15, scoring, pages)
