@@ -618,8 +618,9 @@ def _reach(relative: Tensor | None) -> int:
 
 
 def _forward_pass(
-    q, k, v, starts, key_starts, table, lengths, slopes, relative, sinks, scale, causal, window, softcap
-):
+    q, k, v, starts, key_starts, table, lengths, slopes, relative, sinks, scale, causal, window, softcap,
+    longest,
+):  # fmt: skip
     """Attention, and the base-2 logarithms `[heads, tokens]` of the sums of weights. `window` -1: none."""
     q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
     tokens, heads, dim = q.shape
@@ -629,7 +630,7 @@ def _forward_pass(
     paged = table is not None
     if not paged and flash_hopper.accepts(q, k, v, relative):
         flash_hopper.forward(
-            q, k, v, out, lse, starts, key_starts, slopes, scale * LOG2E, causal, window, softcap
+            q, k, v, out, lse, starts, key_starts, slopes, scale * LOG2E, causal, window, softcap, longest
         )  # fmt: skip
         if sinks is not None and tokens:
             without, lse = lse, torch.empty_like(lse)
@@ -660,7 +661,7 @@ def _forward_pass(
 
 def _backward_pass(
     do, q, k, v, out, lse, starts, key_starts, slopes, relative, sinks, scale, causal, window, softcap,
-    d_relative,
+    longest, d_relative,
 ):  # fmt: skip
     """Gradients of q, k, v and, if `d_relative`, of the relative bias, and of the sinks (empty where there
     are none). That of the bias is summed with atomics; the others are the same bit for bit every time."""
@@ -775,7 +776,7 @@ def _differentiate(ctx, do: Tensor, backward_pass: Callable) -> tuple[Tensor | N
     )
     d_bias = d_bias.to(relative.dtype) if d_relative else None
     d_sinks = d_sinks.to(sinks.dtype) if ctx.needs_input_grad[9] else None
-    return dq, dk, dv, None, None, None, None, None, d_bias, d_sinks, None, None, None, None
+    return dq, dk, dv, None, None, None, None, None, d_bias, d_sinks, None, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -800,8 +801,8 @@ _forward_op = torch.library.custom_op(
     _forward_pass,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor key_starts, Tensor? table, Tensor? lengths, "
-    "Tensor? slopes, Tensor? relative, Tensor? sinks, float scale, bool causal, int window, float softcap) "
-    "-> (Tensor, Tensor)",
+    "Tensor? slopes, Tensor? relative, Tensor? sinks, float scale, bool causal, int window, float softcap, "
+    "SymInt longest) -> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "taut::flash_backward",
@@ -809,7 +810,7 @@ _backward_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor do, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, "
     "Tensor key_starts, Tensor? slopes, Tensor? relative, Tensor? sinks, float scale, bool causal, "
-    "int window, float softcap, bool d_relative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int window, float softcap, SymInt longest, bool d_relative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _forward_op.register_autograd(
     lambda ctx, do, _: _differentiate(ctx, do, _backward_op), setup_context=_remember
@@ -817,14 +818,17 @@ _forward_op.register_autograd(
 
 
 @_forward_op.register_fake
-def _(q, k, v, starts, key_starts, table, lengths, slopes, relative, sinks, scale, causal, window, softcap):
+def _(
+    q, k, v, starts, key_starts, table, lengths, slopes, relative, sinks, scale, causal, window, softcap,
+    longest,
+):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @_backward_op.register_fake
 def _(
     do, q, k, v, out, lse, starts, key_starts, slopes, relative, sinks, scale, causal, window, softcap,
-    d_relative,
+    longest, d_relative,
 ):  # fmt: skip
     d_bias = q.new_empty(relative.shape if d_relative else (0,), dtype=torch.float32)
     d_sinks = q.new_empty((0,) if sinks is None else sinks.shape, dtype=torch.float32)
@@ -859,10 +863,11 @@ def flash_attention(
     """Attention of packed queries, exact and with memory linear in the tokens.
 
     `q` `[tokens, heads, head_dim]` in float16 or bfloat16; `k`, `v` `[keys, kv_heads, head_dim]`; `starts`
-    `[rows + 1]` int32 the row boundaries of the queries, which cover all tokens; `key_starts` those of the
-    keys where they differ (cross attention). A row's queries are the last positions of its keys. With
-    `pages` the keys are there, and there is no backward pass. Head `h` reads key head
-    `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`; a query that sees no key gives zeros.
+    `[rows + 1]` int32 the row boundaries of the queries, which cover all tokens; `longest`: a bound on the
+    queries of a row; `key_starts`: the boundaries of the keys where they differ (cross attention). A row's
+    queries are the last positions of its keys. With `pages` the keys are there, and there is no backward
+    pass. Head `h` reads key head `h // (heads / kv_heads)`. Gives `[tokens, heads, head_dim]`; a query that
+    sees no key gives zeros.
     """
     if pages is not None:
         k, v = pages.keys, pages.values
@@ -890,6 +895,7 @@ def flash_attention(
         scoring.causal,
         window,
         scoring.softcap or 0.0,
+        longest,
     )
     if torch.compiler.is_compiling():
         return _forward_op(*call)[0]

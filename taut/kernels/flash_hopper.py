@@ -349,7 +349,8 @@ _TILES = {
     128: (2, 64, 128, 2, False, False, 168),
     256: (2, 64, 64, 2, True, False, 168),
 }
-# For rows of at most 2048 tokens on average: two programs a multiprocessor, one starting while another ends.
+# For short rows: two programs a multiprocessor, one starting while another ends. A few long rows among many
+# short ones have most of the arithmetic.
 _TILES_SHORT = _TILES | {64: (2, 64, 64, 2, False, False, 80)}
 # Of the registers at launch, those of a loading and of a multiplying thread.
 _REGISTERS = {168: (24, 240), 128: (32, 160), 80: (24, 104)}
@@ -392,11 +393,14 @@ def accepts(q: Tensor, k: Tensor, v: Tensor, relative: Tensor | None) -> bool:
     )
 
 
-def forward(q, k, v, out, lse, starts, key_starts, slopes, scale, causal, window, softcap, tile=None) -> None:
+def forward(
+    q, k, v, out, lse, starts, key_starts, slopes, scale, causal, window, softcap, longest, tile=None
+) -> None:
     """Fill `out` and `lse` as `flash` does; `scale` is that of scores in units of log2."""
     tokens, heads, dim = q.shape
     rows = starts.shape[0] - 1
-    tile = tile or (_TILES_SHORT if tokens <= 2048 * rows else _TILES)[dim]
+    short = tokens <= 2048 * rows and longest <= 4096
+    tile = tile or (_TILES_SHORT if short else _TILES)[dim]
     wgs, queries, keys, stages, turns, hold, launch = tile
     load, multiply = _REGISTERS[launch]
     _forward[(tokens // (wgs * queries) + rows, heads)](

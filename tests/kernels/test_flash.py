@@ -147,14 +147,14 @@ def test_sinks_are_added_to_what_a_kernel_without_them_gives():
     q, k, v = (torch.randn(70, 2, 16, dtype=torch.float16) for _ in range(3))
     starts, sinks = boundaries([20, 50], "cpu"), torch.tensor([1.5, -2.0])
     plain = (starts, starts, None, None, None, None)
-    out, without = flash._forward_pass(q, k, v, *plain, None, 0.25, True, -1, 0.0)
+    out, without = flash._forward_pass(q, k, v, *plain, None, 0.25, True, -1, 0.0, len(q))
     lse = torch.full_like(without, float("nan"))
     without[1, 3] = float("inf")  # a query that has seen nothing
     out[3, 1] = 0
     flash._add_sinks[(2, 2)](
         out, without, lse, sinks, 70, out.stride(0), out.stride(1), DIM=16, BLOCK_D=16, BLOCK_M=64
     )
-    want, sums = flash._forward_pass(q, k, v, *plain, sinks, 0.25, True, -1, 0.0)
+    want, sums = flash._forward_pass(q, k, v, *plain, sinks, 0.25, True, -1, 0.0, len(q))
     want[3, 1], sums[1, 3] = 0, sinks[1] * flash.LOG2E
     assert distance(out, want.double()) < 1.5e-3
     torch.testing.assert_close(lse, sums)
