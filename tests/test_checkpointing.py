@@ -1,4 +1,5 @@
-"""Gradient checkpointing: the same gradients of each kind of model, with every block computed twice."""
+"""Gradient checkpointing: the same gradients of each kind of model, with every block computed twice; and
+gradients that reach the inputs of models which are not trained themselves."""
 
 from __future__ import annotations
 
@@ -57,6 +58,55 @@ def test_packed_weights_and_attention_weights_go_with_it(options):
     model.gradient_checkpointing_enable()
     got = trained(model, LLAMA[1], output_attentions=True, output_hidden_states=True)[0]
     assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def entering(model, blocks) -> list[torch.Tensor]:
+    """What the first of `blocks` takes in the next forward, and keeps the gradient of."""
+    found: list[torch.Tensor] = []
+
+    def keep(_module, given, options):
+        found.append(given[0] if given else options["hidden_states"])
+        if found[0].requires_grad:
+            found[0].retain_grad()
+
+    blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+    return found
+
+
+def test_gradients_of_inputs_are_those_of_transformers():
+    case, head = LLAMA
+    model, theirs = load(case, head), families.oracle(case)
+    model.requires_grad_(False), theirs.requires_grad_(False)
+    model.enable_input_require_grads(), theirs.enable_input_require_grads()
+    ours, want = entering(model, list(model.blocks())), entering(theirs, theirs.model.layers)
+    ids = torch.tensor([[5, 9, 17, 3], [7, 1, 8, 2]])
+    for one in (model, theirs):
+        one(ids, labels=ids).loss.backward()
+    close(ours[0].grad.view(2, 4, -1), want[0].grad)
+
+
+@pytest.mark.parametrize(("case", "head"), FIRST, ids=str)
+def test_a_frozen_model_of_each_kind_passes_gradients_to_its_inputs(case, head):
+    model = load(case, head)
+    model.requires_grad_(False)
+    inputs = given(head) | {"labels": labels_of(head)}
+    assert not model(**inputs).loss.requires_grad
+    model.enable_input_require_grads()
+    taken = entering(model, list(model.blocks()))
+    model(**inputs).loss.backward()
+    assert taken[0].grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not model(**inputs).loss.requires_grad
+    model.disable_input_require_grads()
+    assert not model(**inputs).loss.requires_grad
+
+
+def test_embeddings_that_a_caller_gives_stay_as_they_are():
+    model = load(*LLAMA)
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    embeds = torch.randn(1, 4, 48)
+    assert model(inputs_embeds=embeds).logits.requires_grad and not embeds.requires_grad
 
 
 def test_attention_that_a_forward_is_restricted_to_runs_in_its_backward_pass_too():

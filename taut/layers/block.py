@@ -136,10 +136,12 @@ class Stack(nn.Module):
     modules of its own, made in `make_embedding`, and its `embed`.
 
     With `gradient_checkpointing`, of what is computed for a gradient only the input of each block is kept,
-    and the backward pass computes the rest again (Chen et al. 2016).
+    and the backward pass computes the rest again (Chen et al. 2016). With `input_requires_grad`, what enters
+    the first block requires a gradient, whatever it is made of.
     """
 
     gradient_checkpointing = False
+    input_requires_grad = False
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype | None = None):
         super().__init__()
@@ -176,6 +178,8 @@ class Stack(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states `[tokens, dim]` after the final norm; new keys are written to `batch.kv`."""
         x = self.embed(batch)
+        if self.input_requires_grad and torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # not what the caller gave, which may be the same tensor
         rotations = {rope: rotary(batch, x.dtype) for rope, rotary in self.rotaries.items()}
         relative = None if self.relative_bias is None else self.relative_bias()
         bias = None if self.grid_bias is None else self.grid_bias(batch)

@@ -32,6 +32,7 @@ from taut.layers.embedding import Embedding, PositionEmbedding
 from taut.layers.norm import HeadNorm, Norm
 from taut.layers.siblings import rejoin, separate
 from taut.modeling.configs import config_at
+from taut.modeling.embeddings import set_head, set_table
 from taut.modeling.labels import relabelled
 from taut.modeling.plan import Plan, make_plan
 from taut.modeling.resize import resize
@@ -231,6 +232,20 @@ class PreTrainedModel(nn.Module):
         """Whether blocks are computed again in the backward pass."""
         return any(stack.gradient_checkpointing for stack in self._stacks())
 
+    def enable_input_require_grads(self) -> None:
+        """What enters the first block (of each stack) requires a gradient wherever gradients are computed,
+        also if nothing before it is trained: a loss then reaches adapters inside a frozen model, and layers
+        that are checkpointed by hand."""
+        self._require_grads(True)
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        self._require_grads(False)
+
+    def _require_grads(self, on: bool) -> None:
+        for stack in self._stacks():
+            stack.input_requires_grad = on
+
     def _checkpoint(self, on: bool) -> None:
         for stack in self._stacks():
             stack.gradient_checkpointing = on
@@ -244,9 +259,38 @@ class PreTrainedModel(nn.Module):
         """The module that looks tokens up, or makes tokens of an image; None for a model of sounds."""
         return None
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Look tokens up in the weight `[vocab, dim]` of `value`, an `nn.Embedding` or what
+        `get_input_embeddings` gives of another model, from here on; the parameter is shared, not copied.
+
+        The module that is there stays, with its hooks and the factor by which a family scales its vectors;
+        what shares it goes along: a tied head, the decoder beside an encoder. `padding_idx` is taken from
+        `value`. Make optimizers afterwards.
+
+        Raises `RequestError` for a model without a table of tokens or which holds it packed, for other
+        modules, and for a weight of another shape, dtype or device.
+        """
+        set_table(self, value)
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The module whose matrix scores tokens; None for a model that scores none."""
         return None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Score tokens by the weight `[vocab, dim]` and the bias of `value`, an `nn.Linear` or what
+        `get_output_embeddings` gives of another model, from here on; parameters are shared, not copied.
+
+        A head that was the table of tokens is one of its own afterwards, also in the config and in what
+        `save_pretrained` writes. Make optimizers afterwards.
+
+        Raises `RequestError` for a model that scores no tokens, whose head is held packed or is the table
+        behind a transform (masked tokens), for other modules, for a bias where files have none or none where
+        they have one, and for a weight of another shape, dtype or device.
+        """
+        set_head(self, value)
+
+    def tie_weights(self) -> None:
+        """Nothing is left to do: a head that is tied to the table of tokens is that table itself."""
 
     def resize_token_embeddings(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taut.config import ModelConfig
 from taut.errors import RequestError
 from taut.layers.embedding import Embedding
+from taut.modeling.embeddings import check_dense, put_configs, table_of
 
 if TYPE_CHECKING:
     from taut.modeling.base import PreTrainedModel
@@ -55,8 +56,8 @@ def resize(model: PreTrainedModel, count: int | None, multiple: int | None, mean
 
 def _table(model: PreTrainedModel) -> Embedding:
     """The one table of tokens, and nothing that keeps it or its head from being another size."""
-    config, table = model.config, model.get_input_embeddings()
-    if not isinstance(table, Embedding) or config.contrast is not None:
+    config, table = model.config, table_of(model)
+    if config.contrast is not None:
         raise RequestError(f"a {model.architecture()} has no table of tokens that could be resized alone")
     apart = config.pairing is not None and config.encoder.mel_bins is None and not config.pairing.shared
     if apart:
@@ -64,12 +65,8 @@ def _table(model: PreTrainedModel) -> Embedding:
             "the encoder and the decoder have a table of tokens each, and one number can't be said of both; "
             "give the new rows to the checkpoint"
         )
-    for name, module in (("table of tokens", table), ("head", model.get_output_embeddings())):
-        if module is not None and module.packed is not None:
-            raise RequestError(
-                f"the {name} is held packed ({module.packed.kind}), and packed rows can't be added; load the "
-                "model dense (dtype=torch.bfloat16), or leave that module out (llm_int8_skip_modules)"
-            )
+    check_dense("table of tokens", table)
+    check_dense("head", model.get_output_embeddings())
     return table
 
 
@@ -101,7 +98,4 @@ def _rename(model: PreTrainedModel, count: int) -> None:
         new[id(pairing.encoder)] = changed(pairing.encoder)
         whole = new[id(model.config)]
         new[id(model.config)] = replace(whole, pairing=replace(pairing, encoder=new[id(pairing.encoder)]))
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if id(config) in new:
-            module.config = new[id(config)]
+    put_configs(model, new)
