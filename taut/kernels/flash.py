@@ -22,8 +22,9 @@ from taut.kernels.flash_hopper_backward import SLOT
 
 LOG2E = 1.4426950408889634
 _LOG2E = tl.constexpr(LOG2E)
-# Arguments whose value makes no difference to the code.
-_COUNTS = ("tokens", "rows", "group", "split", "window", "reach")
+# Arguments whose value (of pointers: whether it is one of 16 bytes) makes no difference to the code.
+_COUNTS = ("tokens", "rows", "group", "split", "window", "reach", "table_row")
+_COUNTS += ("starts", "key_starts", "table", "lengths")
 
 
 # Device side. Scores are kept in units of log2, so that a weight is one exp2.

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _LOG2E = gl.constexpr(1.4426950408889634)
-_COUNTS = ("tokens", "rows", "group", "window")
+_COUNTS = ("tokens", "rows", "group", "window", "starts", "key_starts")
 
 
 @gluon.jit

@@ -22,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from taut.kernels.flash_hopper import _LOG2E, _clear_rows, _describe, _find_row, _key_blocks
 
 SLOT = 128  # Statistics of queries are laid out by grid slots of this many, each row from a slot of its own.
-_COUNTS = ("width", "rows", "group", "split", "window")
+_COUNTS = ("width", "rows", "group", "split", "window", "starts", "key_starts")
 _SLOT = gl.constexpr(SLOT)
 
 

@@ -17,7 +17,7 @@ def _bend(x, scale, softcap, SOFTCAP: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels"])
 def _cross_entropy(
     logits,
     labels,

@@ -24,7 +24,10 @@ def _rows(table, index, stride, offset, count, token, inside, at, wide, dim, KIN
         return tl.load(table + offset * dim + at, mask=wide, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["tokens", "s0", "s1", "s2", "o0", "o1", "o2", "c0", "c1", "c2"])
+_EACH = tuple(f"{name}{at}" for name in "isoc" for at in range(MOST_TABLES))
+
+
+@triton.jit(do_not_specialize=("tokens", *_EACH))
 def _summed_norm(
     t0, i0, s0, o0, c0, t1, i1, s1, o1, c1, t2, i2, s2, o2, c2, weight, bias, y, tokens, dim, eps,
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,

@@ -14,7 +14,7 @@ from taut.kernels.device import launch_options, multiprocessors
 MAX_DIM = 65536  # one program holds a whole row
 
 
-@triton.jit(do_not_specialize=["rows", "inner"])
+@triton.jit(do_not_specialize=["rows", "inner", "means", "rstds"])
 def _forward(
     x,
     residual,
@@ -80,7 +80,7 @@ def _forward(
     tl.store(y + packed, v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "inner"])
+@triton.jit(do_not_specialize=["rows", "inner", "means", "rstds"])
 def _backward(
     x,
     weight,

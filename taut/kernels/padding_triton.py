@@ -12,7 +12,7 @@ from taut.kernels.padding import Places
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["width", "outer"])
+@triton.jit(do_not_specialize=["mask", "width", "outer"])
 def _count(mask, counts, width, outer, inner, BLOCK: tl.constexpr):
     """Tokens of each row; a program a row. `outer` and `inner` are the strides of the mask."""
     row = tl.program_id(0)
@@ -24,7 +24,7 @@ def _count(mask, counts, width, outer, inner, BLOCK: tl.constexpr):
     tl.store(counts + row, tl.sum(found, 0))
 
 
-@triton.jit(do_not_specialize=["rows", "width", "outer"])
+@triton.jit(do_not_specialize=["mask", "rows", "width", "outer"])
 def _place(
     mask, counts, index, token, positions, starts, totals, rows, width, outer, inner, BLOCK: tl.constexpr
 ):
@@ -60,7 +60,7 @@ def _place(
         position += tl.sum(real.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["outer"])
+@triton.jit(do_not_specialize=["token"])
 def _spread(packed, token, out, dim, outer, BLOCK: tl.constexpr):
     """One place of the grid a program: its token's features, or zeros."""
     place = tl.program_id(0).to(tl.int64)

@@ -98,7 +98,7 @@ def _merge(
     tl.store(out + pair[:, None] * DIM + d[None, :], acc, mask=live[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["reach", "window", "least", "table_row"])
+@triton.jit(do_not_specialize=["table", "lengths", "starts", "reach", "window", "least", "table_row"])
 def _decode(
     q,
     keys,
@@ -139,7 +139,7 @@ def _decode(
     SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,12 +150,12 @@ def _decode(
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (key heads * BLOCKS, splits, rows). Scores are in units of log2, so that a weight is one exp2.
+    """Grid: (blocks * KV_HEADS, splits, rows). Scores are in units of log2, so that a weight is one exp2.
 
     A tile holds queries of one row, BLOCK_R of its `queries * GROUP` (query, head) pairs, query-major.
     """
-    kv_head = tl.program_id(0) // BLOCKS
-    block = tl.program_id(0) % BLOCKS
+    kv_head = tl.program_id(0) % KV_HEADS
+    block = tl.program_id(0) // KV_HEADS
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     row = tl.program_id(2)
@@ -403,7 +403,7 @@ def paged_attention(
     slopes, relative = scoring.slopes, scoring.relative
     block_d = max(triton.next_power_of_2(dim), 16)
     merge_r = min(triton.next_power_of_2(queries * (heads // kv_heads)), p.block_r)
-    _decode[(kv_heads * p.blocks, p.splits, rows)](
+    _decode[(p.blocks * kv_heads, p.splits, rows)](
         q,
         keys,
         values,
@@ -443,7 +443,7 @@ def paged_attention(
         SINKS=scoring.sinks is not None,
         SPLIT=p.splits > 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BLOCKS=p.blocks,
+        KV_HEADS=kv_heads,
         BLOCK_R=p.block_r,
         BLOCK_N=p.cut.block_n,
         BLOCK_D=block_d,

@@ -13,7 +13,7 @@ from taut.errors import RequestError
 from taut.kernels.device import launch_options
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _angles(
     positions,
     frequencies,
@@ -81,7 +81,7 @@ def _rotate(
         tl.store(target + rest[None, :], tl.load(source + rest[None, :], mask=more), mask=more)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _store(
     qkv,
     cos,

@@ -232,7 +232,7 @@ def _collect(logits, values, ids, vocab, temperature, low, WIDE: tl.constexpr, F
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "steps"])
 def _sample(
     logits,
     temperatures,

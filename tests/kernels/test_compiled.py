@@ -18,6 +18,7 @@ from taut.errors import RequestError
 from taut.kernels import dispatch, flash
 from taut.kernels.attention import Scoring
 from tests.kernels.compile import Spec, cross_compile
+from tests.kernels.variants import variants
 
 KERNELS = Path(taut.kernels.__file__).parent
 
@@ -53,6 +54,15 @@ def test_every_kernel_that_is_launched_is_compiled_by_a_test():
     for module, kernel in sorted(found):
         names = {module, f"taut.kernels.{module}"}
         assert any(names & text and kernel in text for text in words.values()), (module, kernel)
+
+
+def test_no_kernel_is_compiled_again_for_another_batch():
+    """But for its constexprs, of which sizes make few: all rows would wait for a second."""
+    found = variants()
+    for one in found:
+        assert not one["differing"] and one["constants"] <= 8, one
+    every = {f"{file.stem}.{kernel}" for file in KERNELS.glob("*.py") for kernel in launched(file)}
+    assert {one["kernel"] for one in found} == every
 
 
 def test_compiles_the_parts_of_flash_attentions_backward():

@@ -139,7 +139,7 @@ def test_errors() -> None:
 def test_compiles() -> None:
     def spec(arch, dim, group, block_r, cut, type="bf16", extra=False):
         pointers = dict.fromkeys(("q", "keys", "values", "out"), f"*{type}:16")
-        pointers |= dict.fromkeys(("table", "lengths", "starts", "counters"), "*i32:16")
+        pointers |= dict.fromkeys(("table", "lengths", "starts"), "*i32") | {"counters": "*i32:16"}
         pointers |= dict.fromkeys(("slopes", "relative", "sinks"), "*fp32:16")
         pointers |= dict.fromkeys(("parts", "sums"), None if extra else "*fp32:16")
         strides = ["q_token", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head"]
@@ -150,8 +150,9 @@ def test_compiles() -> None:
         flags["SPLIT"] = not extra
         block_d = max(16, 1 << (dim - 1).bit_length())
         merge = min(1 << (group - 1).bit_length(), block_r)
-        sizes = {"GROUP": group, "DIM": dim, "PAGE": 16, "BLOCKS": 1, "BLOCK_R": block_r, "BLOCK_D": block_d}
-        sizes |= {"BLOCK_N": cut.block_n, "MERGE_R": merge, "MERGE_S": max(1, 8192 // (merge * block_d))}
+        sizes = {"GROUP": group, "DIM": dim, "PAGE": 16, "KV_HEADS": 8, "BLOCK_R": block_r}
+        sizes |= {"BLOCK_D": block_d, "BLOCK_N": cut.block_n}
+        sizes |= {"MERGE_R": merge, "MERGE_S": max(1, 8192 // (merge * block_d))}
         sizes |= {"STAGES": cut.stages, "PREFETCH": "=", "WARPS": cut.warps, "PDL": arch >= 90}
         precision = {"PRECISION": "=ieee" if type == "fp32" else "=tf32"}
         return Spec(
