@@ -24,15 +24,15 @@ class Lookup:
     offset: int = 0
 
 
-def fuses(lookups: Sequence[Lookup], weight: Tensor) -> bool:
+def fuses(lookups: Sequence[Lookup], weight: Tensor, bias: Tensor | None) -> bool:
     """Whether one kernel may do it: on a GPU, for inference, from the tables of a text encoder."""
-    tensors = [weight, *(lookup.table for lookup in lookups)]
+    tensors = [weight, *(lookup.table for lookup in lookups), *(() if bias is None else (bias,))]
     return (
-        weight.is_cuda
+        triton_refuses(weight) is None
         and 0 < len(lookups) <= MOST_TABLES
         and lookups[0].index is not None
+        and all(one.index is None or one.index.device == weight.device for one in lookups)
         and all(t.is_contiguous() and t.dtype is weight.dtype for t in tensors)
-        and triton_refuses(weight) is None
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
 

@@ -35,12 +35,13 @@ def computes(dtype: torch.dtype) -> bool:
     )
 
 
-def takes(x: Tensor, weight: Tensor, pointwise: str | None = None) -> bool:
-    """Whether `linear` takes `x` `[rows, in]` and `weight` `[out, in]`, with what follows."""
-    return pointwise in POINTWISE and refuses(x, weight) is None
+def takes(x: Tensor, weight: Tensor, pointwise: str | None = None, *added: Tensor | None) -> bool:
+    """Whether `linear` takes `x` `[rows, in]` and `weight` `[out, in]`, with what follows; `added`: the bias
+    and the residual, where there are."""
+    return pointwise in POINTWISE and refuses(x, weight, *added) is None
 
 
-def refuses(x: Tensor, weight: Tensor) -> str | None:
+def refuses(x: Tensor, weight: Tensor, *added: Tensor | None) -> str | None:
     """Why `linear` can't take these operands, or None."""
     if not x.is_cpu:
         return "runs on a CPU"
@@ -50,7 +51,7 @@ def refuses(x: Tensor, weight: Tensor) -> str | None:
         return f"multiplies float32, and bfloat16 where the CPU does; here it is {x.dtype}"
     if not (x.is_contiguous() and weight.is_contiguous()):
         return "wants dense rows that lie one after the other"
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *added)):
         return "has no gradients"
     return None
 

@@ -45,21 +45,26 @@ class Encoder(Stack):
 
     def embed(self, batch: Batch) -> Tensor:
         norm, lookups = self.embed_layernorm, self._lookups(batch)
-        if lookups and norm is not None and norm.config.kind == "layer" and fuses(lookups, norm.weight):
+        if lookups and norm.config.kind == "layer" and fuses(lookups, norm.weight, norm.bias):
             x = ops("lookup", norm.weight).summed_norm(lookups, norm.weight, norm.bias, norm.config.eps)
         else:
             x = self._embed(batch)
         return x if self.project_in is None else self.project_in(x)
 
     def _lookups(self, batch: Batch) -> list[Lookup]:
-        """What `_embed` sums, if that is rows of dense tables and no hook waits for them; otherwise none."""
-        tokens, positions = self.embed_tokens, self.embed_positions
-        if batch.embeds is not None or tokens.packed is not None or tokens.scale is not None:
+        """What `_embed` sums and normalises, if that is rows of dense tables, by modules that nobody has
+        replaced and no hook watches; otherwise none."""
+        tables, positions = [self.embed_tokens, *self.embed_features.values()], self.embed_positions
+        if batch.embeds is not None or self.embed_layernorm is None:
             return []
-        modules = (tokens, positions, self.embed_layernorm, *self.embed_features.values())
-        if any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules):
+        for module in (*tables, self.embed_layernorm, *(() if positions is None else (positions,))):
+            if type(module) not in (Embedding, PositionEmbedding, Norm):
+                return []
+            if module._forward_hooks or module._forward_pre_hooks:
+                return []
+        if any(table.packed is not None or table.scale is not None for table in tables):
             return []
-        found = [Lookup(tokens.weight, batch.ids)]
+        found = [Lookup(self.embed_tokens.weight, batch.ids)]
         if positions is not None:
             positions.check(batch)
             found.append(Lookup(positions.weight, batch.positions, positions.config.offset))

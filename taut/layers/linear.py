@@ -81,9 +81,12 @@ class Linear(nn.Module):
         x = x if norm is None else norm(x)
         if cublas.takes(x, self.weight, bias, pointwise):
             return cublas.linear(x, self.weight, bias, pointwise)
-        if act is None and onednn.takes(x, self.weight, pointwise):
+        if act is None and onednn.takes(x, self.weight, pointwise, bias, residual):
             return onednn.linear(x, self.weight, bias, pointwise, residual)
-        return self.after(linear(x, self.weight, bias), act, residual)
+        y = linear(x, self.weight, bias)
+        if pointwise is not None:  # what takes the product had no gradients, and the norm's weight wants one
+            return ACTIVATIONS[pointwise](y)
+        return self.after(y, act, residual)
 
     def _takes(self, x: Tensor, pointwise: str) -> bool:
         """Whether the product of `x` is one that an activation can follow in the same kernel."""
@@ -92,7 +95,7 @@ class Linear(nn.Module):
         return (
             fuses(x, self.weight)
             or cublas.takes(x, self.weight, self.bias, pointwise)
-            or onednn.takes(x, self.weight, pointwise)
+            or onednn.takes(x, self.weight, pointwise, self.bias)
         )
 
     def biases(self) -> dict[str, int]:

@@ -50,6 +50,19 @@ def test_agrees_with_float64() -> None:
         agree(dtype, "cpu", tokens, dim)
 
 
+def test_is_for_inference_alone(monkeypatch) -> None:
+    monkeypatch.setattr(lookup, "triton_refuses", lambda weight: None)
+    lookups, weight, bias = cases(torch.float32, "cpu", 2, 8)[-1], torch.ones(8), torch.zeros(8)
+    assert lookup.fuses(lookups, weight, bias) and lookup.fuses(lookups, weight, None)
+    for trained in (weight, bias, lookups[1].table):
+        trained.requires_grad_()
+        assert not lookup.fuses(lookups, weight, bias)
+        with torch.no_grad():
+            assert lookup.fuses(lookups, weight, bias)
+        trained.requires_grad_(False)
+    assert not lookup.fuses([Lookup(lookups[0].table, torch.zeros(2, device="meta").int())], weight, bias)
+
+
 def test_compiles() -> None:
     tables = {f"t{i}": "*bf16:16" for i in range(3)} | {"i0": "*i64:16", "i1": "*i32:16", "i2": "*i64:16"}
     numbers = dict.fromkeys([f"{name}{i}" for name in "soc" for i in range(3)] + ["tokens"], "i32")
@@ -67,4 +80,5 @@ def test_compiles() -> None:
 def test_agrees_on_a_device() -> None:
     for dtype, (tokens, dim) in product(BOUNDS, ((1, 768), (3000, 768), (33, 64), (5, 4100))):
         agree(dtype, "cuda", tokens, dim)
-        assert lookup.fuses(cases(dtype, "cuda", 2, dim)[-1], torch.ones(dim, dtype=dtype, device="cuda"))
+        weight = torch.ones(dim, dtype=dtype, device="cuda")
+        assert lookup.fuses(cases(dtype, "cuda", 2, dim)[-1], weight, weight)
