@@ -473,6 +473,8 @@ def load(
                 loaded(count)
             # Joined here, so that the next matrices take the memory of these.
             packed[name] = model.get_submodule(name.removesuffix(".weight")).joined(units)
+    if device.type == "cuda":  # whichever stream or thread the model runs in next
+        torch.cuda.current_stream(device).synchronize()
     for name, tensor in filled.items():
         path, _, kind = name.rpartition(".")
         setattr(

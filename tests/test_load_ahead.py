@@ -109,6 +109,25 @@ def test_on_a_gpu_the_bytes_are_those_of_a_load_that_waits(name, form, monkeypat
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", ["bfloat16", "nf4"])
+def test_a_model_is_there_for_every_stream_once_it_is_loaded(form):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        load("llama", form, "cuda")
+        assert stream.query()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_load_onto_another_gpu_leaves_the_current_one_alone():
+    want, held = load("llama", "bfloat16"), torch.cuda.memory_allocated()
+    got = load("llama", "bfloat16", "cuda:1")
+    assert torch.cuda.current_device() == 0 and torch.cuda.memory_allocated() == held
+    check_same(got.to("cpu"), want)
+
+
+@pytest.mark.gpu
 def test_a_gpu_that_is_late_has_read_a_buffer_before_it_is_filled_again(tmp_path):
     weight = torch.randint(256, (400_000,), dtype=torch.uint8)
     (tmp_path / "file").write_bytes(bytes(weight.numpy()))

@@ -40,10 +40,12 @@ class Cuda:
 
     def __init__(self, device: torch.device):
         torch.cuda.init()  # here, and not in several threads at once
-        self.device = device
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
     def buffer(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        # A thread's own GPU is the first, which would give memory to a context.
+        with torch.cuda.device(self.device):
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -52,7 +54,12 @@ class Cuda:
         to.copy_(buffer, non_blocking=True)
         copied = torch.cuda.Event(blocking=True)  # a thread that waits leaves its core to others
         copied.record(torch.cuda.current_stream(self.device))
-        return copied.synchronize
+
+        def wait() -> None:
+            with torch.cuda.device(self.device):
+                copied.synchronize()
+
+        return wait
 
 
 def target_of(device: torch.device) -> Target | None:
