@@ -300,11 +300,14 @@ class Tiles:
 def tiles(dim: int, block_r: int, itemsize: int, device: torch.device) -> Tiles:
     """Measured choice for a padded head dim, rows of a tile and bytes of a number."""
     if itemsize == 4:
-        return Tiles(16, 4, 2, 2)
+        return Tiles(16, 8, 1, 2) if dim > 128 and block_r > 16 else Tiles(16, 4, 2, 2)
     if block_r > 16:
         # Two tiles of 128 keys and values in flight where a program may take that much shared memory.
         roomy = 1024 * dim + 32768 <= shared_memory(device)
-        return Tiles(128, 4, 5, 1) if roomy else Tiles(64, 4, 3, 2)
+        if roomy:
+            return Tiles(128, 4, 5, 1)
+        # At head dim 256 that takes 104 KiB, and the smallest devices (8.6, 8.9, 12.x) have 99.
+        return Tiles(64, 4, 3, 2) if 416 * dim <= shared_memory(device) else Tiles(32, 8, 3, 2)
     return Tiles(32, 2, 5, 4) if dim <= 128 else Tiles(32, 4, 5, 2)
 
 

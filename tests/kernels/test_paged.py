@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("triton")
 
 from taut.errors import RequestError
+from taut.kernels import paged_triton
 from taut.kernels.attention import Pages, Scoring, attention
 from taut.kernels.device import Workspace, using
-from taut.kernels.paged_triton import Tiles, paged_attention, plan
+from taut.kernels.paged_triton import Tiles, paged_attention, plan, tiles
 from tests.kernels.compile import Spec, cross_compile
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
@@ -136,7 +137,7 @@ def test_errors() -> None:
             paged_attention(q, starts, queries, Scoring(1.0), pages)
 
 
-def test_compiles() -> None:
+def test_compiles(monkeypatch) -> None:
     def spec(arch, dim, group, block_r, cut, type="bf16", extra=False):
         pointers = dict.fromkeys(("q", "keys", "values", "out"), f"*{type}:16")
         pointers |= dict.fromkeys(("table", "lengths", "starts"), "*i32") | {"counters": "*i32:16"}
@@ -171,6 +172,12 @@ def test_compiles() -> None:
         ]
     )  # fmt: skip
     assert all(b.shared <= 163 << 10 for b in built[:3]) and all(b.local == 0 for b in built)
+    small = 99 << 10
+    monkeypatch.setattr(paged_triton, "shared_memory", lambda device: small)
+    cuts = [tiles(dim, 64, size, torch.device("cpu")) for dim, size in ((256, 2), (64, 2), (256, 4))]
+    kinds = zip((256, 64, 256), cuts, ("bf16", "bf16", "fp32"), strict=True)
+    built = cross_compile([spec(89, dim, 64, 64, cut, type) for dim, cut, type in kinds])
+    assert all(b.shared <= small for b in built), built
 
 
 @pytest.mark.gpu
