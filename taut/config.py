@@ -416,8 +416,8 @@ class ModelConfig:
     encoder; `mel_bins`: the bands of the spectrograms that an encoder hears. `contrast`: the encoders of a
     model of texts and pictures, of which this is the texts'.
 
-    Looking up the token `padding` teaches its vector nothing: in most families that is the padding token, in
-    others there is none. `wide`: between blocks a float16 model is
+    Looking up the token `padding` teaches its vector nothing (`padding_row`): in most families that is the
+    padding token, in others there is none. `wide`: between blocks a float16 model is
     float32, since what they add up to is too large.
     """
 
@@ -846,6 +846,20 @@ def pair(config: ModelConfig, layers: Sequence[Layer], **fields: Any) -> ModelCo
     return replace(config, pairing=Pairing(encoder=bare, **fields))
 
 
+def padding_row(reader: Reader, default: int | None = None) -> int | None:
+    """The row of a table of tokens that looking it up teaches nothing, that of `pad_token_id`; None where it
+    is null. One below 0 counts from the table's end, as in the `nn.Embedding` of transformers, though it
+    stands for no token. `ConfigError` for one that the table hasn't: transformers can't load it either."""
+    rows, default = reader.int("vocab_size"), None if "pad_token_id" in reader.data else default
+    row = reader.int("pad_token_id", default, minimum=-rows)
+    if row is not None and row >= rows:
+        raise ConfigError(
+            f"{reader.source}: 'pad_token_id' is {row}, and the vocabulary has ids 0 to {rows - 1}: no row "
+            "of the table of tokens is its own. Give from_pretrained pad_token_id=... of one that there is"
+        )
+    return row if row is None or row >= 0 else rows + row
+
+
 def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fields: Any) -> ModelConfig:
     """The `ModelConfig` of a model, with what every `config.json` says in the same words."""
     named = reader.list("architectures", None)
@@ -870,7 +884,7 @@ def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fiel
         "eos_token_ids": reader.ids("eos_token_id"),
         "decoder_start_token_id": reader.int("decoder_start_token_id", None, minimum=0),
         "pad_token_id": pad[0] if pad else None,
-        "padding": pad[0] if pad else None,
+        "padding": fields["padding"] if "padding" in fields else padding_row(reader),
         "source": dict(reader.data),
         "names": dict(reader.names),
     }

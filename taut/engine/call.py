@@ -101,8 +101,10 @@ class Call:
             return self.pad
         ends = self.config.eos_token_ids
         if needed:
+            given = self.config.pad_token_id
+            why = "not set" if given is None else f"{given}, which is no token"
             warnings.warn(
-                "pad_token_id is not set: rows that ended early are filled up with "
+                f"pad_token_id is {why}: rows that ended early are filled up with "
                 + (f"the end-of-sequence token {ends[0]}" if ends else "0")
                 + "; pass pad_token_id to choose another",
                 stacklevel=5,

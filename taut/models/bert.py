@@ -17,6 +17,7 @@ from taut.config import (
     Transform,
     activation,
     finish,
+    padding_row,
 )
 from taut.weights import Rename, renames
 
@@ -80,7 +81,7 @@ def encoder(r: Reader, **changes: Any) -> ModelConfig:
         "heads": Heads(pooler=Transform("tanh"), masked=Transform(act, norm)),
         "head_bias": True,
         "tied": r.bool("tie_word_embeddings", True),
-        "padding": r.int("pad_token_id", 0, minimum=0),
+        "padding": padding_row(r, 0),
     }
     return finish(r, norm=None, **(fields | changes))
 

@@ -103,6 +103,7 @@ def both(r: Reader, contrast: Contrast) -> ModelConfig:
         vocab_size=text.vocab_size,
         dim=text.dim,
         context=text.context,
+        padding=None,
         tied=False,
         contrast=contrast,
     )

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from taut.config import Heads, ModelConfig, Norm, Positions, Reader, Transform, activation, finish
+from taut.config import (
+    Heads,
+    ModelConfig,
+    Norm,
+    Positions,
+    Reader,
+    Transform,
+    activation,
+    finish,
+    padding_row,
+)
 from taut.models.bert import post_norm_layers
 from taut.weights import Rename, renames
 
@@ -60,5 +70,5 @@ def read(r: Reader) -> ModelConfig:
         heads=Heads(masked=Transform(act, norm), sequence=Transform("relu")),
         head_bias=True,
         tied=r.bool("tie_word_embeddings", True),
-        padding=r.int("pad_token_id", 0, minimum=0),
+        padding=padding_row(r, 0),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taut.config import Heads, ModelConfig, Positions, Reader, Transform
+from taut.config import Heads, ModelConfig, Positions, Reader, Transform, padding_row
 from taut.models.bert import BLOCKS, EMBEDDINGS, encoder, layer_norm
 from taut.weights import Rename
 
@@ -13,8 +13,8 @@ RULES = (*EMBEDDINGS, *BLOCKS, Rename("roberta", "model"))
 
 
 def read(r: Reader) -> ModelConfig:
-    padding = r.int("pad_token_id", 1, minimum=0)
-    positions = behind_padding(r, padding)
+    padding = padding_row(r, 1)
+    positions = behind_padding(r, r.int("pad_token_id", 1, minimum=-1))
     return encoder(r, positions=positions, context=positions.count, heads=heads(r), padding=padding)
 
 

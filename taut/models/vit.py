@@ -111,7 +111,14 @@ def image_encoder(r: Reader, *, layers: Sequence[Layer], patches: Patches, **fie
     # What a backbone gives to models built on it.
     r.ignore("stage_names", "out_features", "out_indices", "apply_layernorm", "reshape_hidden_states")
     return finish(
-        r, layers=layers, patches=patches, vocab_size=0, context=patches.tokens, tied=False, **fields
+        r,
+        layers=layers,
+        patches=patches,
+        vocab_size=0,
+        context=patches.tokens,
+        padding=None,
+        tied=False,
+        **fields,
     )
 
 

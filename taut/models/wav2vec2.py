@@ -105,6 +105,7 @@ def speech_encoder(r: Reader, made: Waves, *, reduction: str = "sum", **attn: An
         embed_norm=None if before else norm,
         waves=made,
         context=UNBOUNDED,
+        padding=None,
         tied=False,
         heads=Heads(
             projection=r.int("classifier_proj_size", 256),
