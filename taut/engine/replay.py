@@ -115,11 +115,11 @@ class Replays:
             self._refused.clear()
             self._pool = torch.cuda.graph_pool_handle()
             self._workspace = Workspace.of(batch.positions.device)
-        key = _size_of(batch)
+        key = _size_of(batch, self.model.config.context)
         where = batch.kv is not None, restrictions()
         if where not in self._refused:
             self._refused[where] = refuses(self.module, self.model.device, self.model.dtype, where[0])
-        if key is None or self._refused[where] is not None or batch.longest > self.model.config.context:
+        if key is None or self._refused[where] is not None:
             return None
         key = (*key, where)
         graph = self._graphs.get(key)
@@ -161,8 +161,10 @@ def _up(count: int, least: int, sizes: int) -> int:
     return -(-count // step) * step
 
 
-def _size_of(batch: Batch) -> tuple[object, ...] | None:
-    """What a graph for this batch is made for; None if it holds what a graph doesn't know."""
+def _size_of(batch: Batch, context: int) -> tuple[object, ...] | None:
+    """What a graph for this batch is made for; None if it holds what a graph doesn't know, or a row, or what
+    would fill it up, is longer than the context. (So a room of as many tokens as its rows may have holds rows
+    of one length alone, and kernels for such rows may run in its graph.)"""
     given = []
     for field in fields(Batch):
         value = getattr(batch, field.name)
@@ -173,6 +175,8 @@ def _size_of(batch: Batch) -> tuple[object, ...] | None:
     # Without a cache, batches are large, and what fills them up is computed: more sizes than of prompts.
     cached = batch.kv is not None
     tokens = _up(batch.tokens, 16, 16 if cached else 32)
+    if max(batch.longest, tokens - batch.tokens) > context:
+        return None
     rows = batch.rows + (tokens > batch.tokens)
     rows = 1 << (rows - 1).bit_length() if cached or rows <= 8 else _up(rows, 8, 8)
     pages = source = None

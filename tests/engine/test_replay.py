@@ -40,6 +40,19 @@ def test_sizes_waste_little():
             assert count <= size < count + max(16, count / sizes + 1)
 
 
+def test_rooms_that_seem_to_hold_rows_of_one_length_do():
+    full = [((context,) * count, context) for context in (48, 1024) for count in (1, 2, 72)]
+    uneven = [((1024,) * 70 + (320,), 1024), ((48,) * 32 + (7,) * 7, 48), ((9, 3), 8), ((5,) * 7, 8)]
+    for lengths, context in full + uneven:
+        batch = Batch.of([[0] * length for length in lengths])
+        key = replay._size_of(batch, context)
+        if key is not None:
+            tokens, rows = key[:2]
+            assert tokens - batch.tokens <= context
+            assert tokens != rows * min(tokens, context) or len(set(lengths)) == 1
+        assert key is not None or (lengths, context) in uneven
+
+
 def test_what_graphs_depend_on_is_seen():
     case = next(case for case in CASES if case.name == "llama")
     model = AutoModelForCausalLM.from_pretrained(checkpoint(case), device="cpu")
@@ -77,7 +90,7 @@ def test_a_batch_is_worth_the_same_in_the_room_of_its_size():
         rooms = {}
         for lengths in ((9, 1, 23), (10, 2, 20), (16, 16), (40, 0, 8), (3,) * 11, (1, 32), (2,) * 16):
             batch = Batch.of(prompts(*lengths), "cpu")
-            key = replay._size_of(batch)
+            key = replay._size_of(batch, model.config.context)
             room = rooms.setdefault(key, replay._room(batch, key, model.config.context))
             replay._fill(room, batch)
             assert room.starts[-1] == room.tokens and room.rows < batch.rows + 8
