@@ -19,6 +19,7 @@ from taut.engine.request import Request
 from taut.engine.runner import turns_by_length
 from taut.engine.scheduler import check_width, pages_needed
 from taut.errors import RequestError
+from taut.layers.linear import Linear
 
 # Rows that run at a time at most: each needs a row of logits.
 MAX_ROWS = 256
@@ -137,7 +138,7 @@ def _pages(model: Any, requests: Sequence[Request], kept: Engine | DraftModel | 
     wanted = _rounded(wanted)
     device = torch.device(model.device)
     page = token_bytes(model) * PAGE_SIZE
-    room = int(_memory(device) * CACHE_SHARE) // page
+    room = int((_memory(device) - _unpacking(model, device)) * CACHE_SHARE) // page
     if device.type == "cuda" and kept is not None and not kept.has_work:
         room += kept.pages.count
     if room < max(needs):
@@ -163,6 +164,15 @@ def _memory(device: torch.device) -> int:
     if not hasattr(os, "sysconf"):
         return sys.maxsize
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _unpacking(model: Any, device: torch.device) -> int:
+    """Bytes on a GPU that products of many rows unpack weights into: as the largest needs, of the pool of the
+    allocator, of that of the graphs of short forwards, and of that of decode graphs."""
+    if device.type != "cuda":
+        return 0
+    packed = (m.packed for m in model.modules() if isinstance(m, Linear) and m.packed is not None)
+    return 3 * max((p.out_features * p.in_features for p in packed), default=0) * model.dtype.itemsize
 
 
 def _rounded(pages: int) -> int:

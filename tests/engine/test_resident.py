@@ -11,11 +11,13 @@ import weakref
 import pytest
 import torch
 
+from taut.bench.subjects import quantized
 from taut.engine import resident
 from taut.engine.request import Request, SamplingParams
 from taut.engine.resident import Resident
 from taut.errors import RequestError
 from taut.modeling import CausalLM
+from taut.quant.config import named
 
 CONFIG = {
     "model_type": "llama",
@@ -205,6 +207,19 @@ def test_a_gpu_keeps_its_graphs_from_call_to_call(model):
     held = torch.cuda.memory_allocated()
     there.free_cache()
     assert torch.cuda.memory_allocated() < held
+
+
+def test_a_cache_leaves_room_for_what_products_unpack(model, monkeypatch):
+    gpu, unpacking = torch.device("cuda"), resident._unpacking
+    assert unpacking(model, gpu) == 0
+    model = quantized(model, named("int8"))
+    page, mlp = 2 * 2 * 2 * 8 * 4 * 16, 2 * 48 * 32  # the largest matrix: gate and up
+    assert unpacking(model, gpu) == 3 * mlp * 4 and unpacking(model, model.device) == 0
+    free = 3 * mlp * 4 + 5.5 * page / resident.CACHE_SHARE
+    monkeypatch.setattr(resident, "_memory", lambda device: free)
+    monkeypatch.setattr(resident, "_unpacking", lambda model, device: unpacking(model, gpu))
+    requests = [Request([3] * 20, SamplingParams(max_new_tokens=30))] * 4
+    assert resident._pages(model, requests, None) == 5
 
 
 def test_requests_of_one_call_fit_together(model):
