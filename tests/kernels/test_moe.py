@@ -193,6 +193,23 @@ def test_a_layer_gives_the_same_on_either_way(packed, monkeypatch):
     assert (layer(x, residual=residual) - want).norm() / want.norm() < (2e-3 if packed else 1e-6)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_layer_in_16_bits_rounds_what_it_multiplies_and_no_shares(dtype, device):
+    """Beside float64 over the same weights: rounding products and activations to 16 bits is 0.6 of the bound,
+    rounding the shares of experts to float8, in the router or in the sum, 2.8 times it at least."""
+    for normalised, chosen in product((False, True), (2, 8)):
+        torch.manual_seed(0)
+        layer = MoeMlp(Moe(8, chosen, 40, "silu", normalised=normalised), 48)
+        for param in layer.parameters():
+            torch.nn.init.normal_(param, std=param.shape[-1] ** -0.5)
+        layer, x = layer.to(device, dtype), torch.randn(60, 48).to(device, dtype)
+        with torch.no_grad():
+            got = layer(x).double().cpu()
+            want = layer.double().cpu()(x.double().cpu())
+        assert (got - want).norm() / want.norm() < torch.finfo(dtype).eps, (normalised, chosen)
+
+
 def test_errors():
     x = torch.randn(1, 4)
     with pytest.raises(RequestError, match="activation 'swoosh' is unknown; known: silu"):
