@@ -848,16 +848,13 @@ def pair(config: ModelConfig, layers: Sequence[Layer], **fields: Any) -> ModelCo
 
 def padding_row(reader: Reader, default: int | None = None) -> int | None:
     """The row of a table of tokens that looking it up teaches nothing, that of `pad_token_id`; None where it
-    is null. One below 0 counts from the table's end, as in the `nn.Embedding` of transformers, though it
-    stands for no token. `ConfigError` for one that the table hasn't: transformers can't load it either."""
+    is null, or behind the table's end (transformers can't load such a model). One below 0 counts from there,
+    as in the `nn.Embedding` of transformers, though it stands for no token."""
     rows, default = reader.int("vocab_size"), None if "pad_token_id" in reader.data else default
     row = reader.int("pad_token_id", default, minimum=-rows)
-    if row is not None and row >= rows:
-        raise ConfigError(
-            f"{reader.source}: 'pad_token_id' is {row}, and the vocabulary has ids 0 to {rows - 1}: no row "
-            "of the table of tokens is its own. Give from_pretrained pad_token_id=... of one that there is"
-        )
-    return row if row is None or row >= 0 else rows + row
+    if row is None or row >= rows:
+        return None
+    return row if row >= 0 else rows + row
 
 
 def finish(reader: Reader, *, layers: Sequence[Layer], norm: Norm | None, **fields: Any) -> ModelConfig:

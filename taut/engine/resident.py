@@ -169,7 +169,7 @@ def _memory(device: torch.device) -> int:
 def _unpacking(model: Any, device: torch.device) -> int:
     """Bytes on a GPU that products of many rows unpack weights into: as the largest needs, of the pool of the
     allocator, of that of the graphs of short forwards, and of that of decode graphs."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not isinstance(model, nn.Module):
         return 0
     packed = (m.packed for m in model.modules() if isinstance(m, Linear) and m.packed is not None)
     return 3 * max((p.out_features * p.in_features for p in packed), default=0) * model.dtype.itemsize
